@@ -1,0 +1,66 @@
+"""The protocols by which layers meet: rollouts see an Engine and an Environment, never a model or a data set.
+
+Each protocol has one contract test that every implementation runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from rorqual.records import Completion, Evidence, GenerateRequest, Message, Segment, Task
+
+
+class Engine(Protocol):
+    """A policy that can be sampled: token ids in, token ids with log-probs out."""
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights that sample now."""
+        ...
+
+    @property
+    def context_window(self) -> int:
+        """Most tokens, prompt and completion together, that one request may hold."""
+        ...
+
+    def submit(self, requests: Sequence[GenerateRequest]) -> None:
+        """Queue requests. Raises: ValueError for an empty prompt, one that fills the window, or an id in flight."""
+        ...
+
+    def step(self) -> list[Completion]:
+        """Advance every request in flight once (a prefill chunk or one token) and return those that ended."""
+        ...
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests queued or in flight."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in flight, so that `load_state_dict` on a fresh engine goes on bit for bit."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Environment(Protocol):
+    """Presents a task, answers the policy's messages, gathers evidence. It never judges."""
+
+    def start(self, task: Task) -> tuple[Message, ...]:
+        """The messages that the policy sees first."""
+        ...
+
+    def respond(self, task: Task, messages: Sequence[Message]) -> tuple[Message, ...]:
+        """What follows the last assistant message: tool results or a user turn; nothing ends the episode."""
+        ...
+
+    def evidence(self, task: Task, messages: Sequence[Message], segments: Sequence[Segment], end: str) -> Evidence:
+        """What there is to judge, from what was said (`messages`) and how it ended."""
+        ...
+
+
+class Reward(Protocol):
+    """A pure judgement of one Evidence, in [-1, 1] unless its docstring says otherwise."""
+
+    def __call__(self, task: Task, evidence: Evidence) -> float: ...

@@ -1,0 +1,119 @@
+"""ModelConfig: one typed description for every family that the decoder supports. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rorqual.records import Record
+
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"]
+
+
+class RopeConfig(Record):
+    """Rotary position embedding. `scaling` "llama3" and "yarn" use the fields below them; "linear" uses `factor` alone.
+
+    `interleaved` pairs dimensions (0,1), (2,3), ... (DeepSeek); otherwise (0, d/2), (1, d/2+1), ... (Llama, Qwen).
+    YaRN: arXiv 2309.00071; `mscale` and `mscale_all_dim` are DeepSeek's names for its attention temperature.
+    """
+
+    theta: float = 10_000.0
+    interleaved: bool = False
+    scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    factor: float = 1.0
+    original_max_position_embeddings: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+class MLAConfig(Record):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434). `q_lora_rank=None` projects queries directly."""
+
+    q_lora_rank: int | None = None
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+
+class MoEConfig(Record):
+    """Mixture of experts: DeepSeekMoE with a sigmoid gate (arXiv 2412.19437), or Qwen's softmax gate.
+
+    dense_layers: indices of layers that keep a plain MLP. num_groups and groups_per_token limit the choice to the best groups.
+    balance_rate: step by which the selection bias of each expert moves against its load, per optimiser step.
+    """
+
+    num_experts: int
+    experts_per_token: int
+    expert_intermediate_size: int
+    num_shared_experts: int = 0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    scoring: Literal["sigmoid", "softmax"] = "sigmoid"
+    normalize_weights: bool = True
+    routed_scaling: float = 1.0
+    dense_layers: tuple[int, ...] = ()
+    balance_rate: float = 1e-3
+
+
+class ModelConfig(Record):
+    """A decoder-only transformer. `mla=None` is grouped-query attention; `moe=None` is dense.
+
+    Raises: ValueError naming the field for sizes that do not fit together.
+    """
+
+    family: Family
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_window: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    attention: Literal["dense"] = "dense"
+    mla: MLAConfig | None = None
+    moe: MoEConfig | None = None
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.mla is None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"ModelConfig.num_kv_heads = {self.num_kv_heads} must divide num_heads = {self.num_heads}; "
+                "each key-value head serves an equal group of query heads."
+            )
+        rope_dim = self.mla.qk_rope_head_dim if self.mla else self.head_dim
+        if rope_dim % 2:
+            raise ValueError(f"The rotary dimension is {rope_dim}; it must be even.")
+        if self.moe is not None:
+            _check_experts(self.moe)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose MLP is a mixture of experts; routes are recorded in this order."""
+        if self.moe is None:
+            return ()
+        return tuple(i for i in range(self.num_layers) if i not in self.moe.dense_layers)
+
+
+def _check_experts(moe: MoEConfig) -> None:
+    if moe.num_experts % moe.num_groups:
+        raise ValueError(f"MoEConfig.num_groups = {moe.num_groups} must divide num_experts = {moe.num_experts}.")
+    reachable = moe.groups_per_token * (moe.num_experts // moe.num_groups)
+    if not 1 <= moe.experts_per_token <= reachable:
+        raise ValueError(
+            f"MoEConfig.experts_per_token = {moe.experts_per_token} is out of range: {moe.groups_per_token} groups hold "
+            f"{reachable} experts."
+        )

@@ -1,0 +1,115 @@
+"""Which packed tokens attend to which.
+
+A batch is one flat row of T tokens: projections, MLPs and experts never see padding. Attention alone needs to know where
+sequences begin, and it reads that from a PackedLayout: a few blocks of rows, each row a run of queries with its keys.
+A prompt that a group shares is packed once; each completion is a row whose keys are the prompt's tokens, then its own.
+
+Shapes: T packed tokens, R rows of a block, Q queries a row, K keys a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AttentionBlock:
+    """Rows of similar length. Query i of a row sees its keys up to index `K - Q + i` (causal, aligned at the end).
+
+    query_index_RQ and key_index_RK point into the packed tokens. Padding points at token 0 and is switched off by
+    `query_valid_RQ` and `key_valid_RK`; both are None where nothing is padded. Queries are padded at the end and keys in
+    front of the queries' own (between a short prefix and the run), or at the end with the queries.
+    """
+
+    query_index_RQ: Tensor
+    key_index_RK: Tensor
+    query_valid_RQ: Tensor | None = None
+    key_valid_RK: Tensor | None = None
+
+    def mask_RQK(self) -> Tensor | None:
+        """True where a query may look. None when plain causal masking (aligned at the end) says it all."""
+        if self.key_valid_RK is None:
+            return None
+        num_queries, num_keys = self.query_index_RQ.shape[1], self.key_index_RK.shape[1]
+        device = self.key_index_RK.device
+        last_key_Q = torch.arange(num_queries, device=device) + (num_keys - num_queries)
+        causal_QK = torch.arange(num_keys, device=device)[None, :] <= last_key_Q[:, None]
+        return causal_QK[None] & self.key_valid_RK[:, None, :]
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """positions_T: rotary position of each packed token. blocks: together they cover every token once as a query."""
+
+    positions_T: Tensor
+    blocks: tuple[AttentionBlock, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """`length` consecutive packed tokens from `start`, seen after the `prefix_length` tokens from `prefix_start`."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+
+def layout_from_runs(runs: Sequence[Run], device: torch.device | None = None, padding_limit: float = 1.25) -> PackedLayout:
+    """Group runs of like shape into blocks, each padded to at most `padding_limit` times its shortest run.
+
+    Raises: ValueError for an empty run or none at all.
+    """
+    if not runs or any(run.length < 1 for run in runs):
+        raise ValueError("A packed batch needs at least one run, and every run at least one token.")
+    by_start = sorted(runs, key=lambda run: run.start)
+    positions_T = torch.cat([torch.arange(run.prefix_length, run.prefix_length + run.length) for run in by_start])
+    blocks = tuple(_block(group, device) for group in _similar(runs, padding_limit))
+    return PackedLayout(positions_T.to(device), blocks)
+
+
+def causal_layout(lengths: Sequence[int], device: torch.device | None = None) -> PackedLayout:
+    """Sequences of the given lengths, packed one after another, each seeing only itself."""
+    runs, start = [], 0
+    for length in lengths:
+        runs.append(Run(start, length))
+        start += length
+    return layout_from_runs(runs, device)
+
+
+def _similar(runs: Sequence[Run], padding_limit: float) -> list[list[Run]]:
+    """Runs with and without a prefix apart, each sorted by length and cut where padding would exceed the limit."""
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: (run.prefix_length > 0, run.length, run.prefix_length, run.start)):
+        first = groups[-1][0] if groups else None
+        fits = (
+            first is not None
+            and (first.prefix_length > 0) == (run.prefix_length > 0)
+            and run.length <= first.length * padding_limit + 8
+        )
+        groups[-1].append(run) if fits else groups.append([run])
+    return groups
+
+
+def _block(runs: Sequence[Run], device: torch.device | None) -> AttentionBlock:
+    num_queries = max(run.length for run in runs)
+    num_prefix = max(run.prefix_length for run in runs)
+    query_index, query_valid = _padded([(run.start, run.length) for run in runs], num_queries)
+    prefix_index, prefix_valid = _padded([(run.prefix_start, run.prefix_length) for run in runs], num_prefix)
+    key_index = torch.cat([prefix_index, query_index], dim=1).to(device)
+    key_valid = torch.cat([prefix_valid, query_valid], dim=1)
+    if bool(key_valid.all()):
+        return AttentionBlock(query_index.to(device), key_index)
+    return AttentionBlock(query_index.to(device), key_index, query_valid.to(device), key_valid.to(device))
+
+
+def _padded(spans: Sequence[tuple[int, int]], width: int) -> tuple[Tensor, Tensor]:
+    """(start, length) spans as a [R, width] index, 0 where padded, and its validity."""
+    start_R, length_R = torch.tensor(spans).T
+    offset_W = torch.arange(width)
+    valid_RW = offset_W[None] < length_R[:, None]
+    return torch.where(valid_RW, start_R[:, None] + offset_W[None], 0), valid_RW
