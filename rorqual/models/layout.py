@@ -31,22 +31,27 @@ class AttentionBlock:
     key_valid_RK: Tensor | None = None
 
     def mask_RQK(self) -> Tensor | None:
-        """True where a query may look. None when plain causal masking (aligned at the end) says it all."""
-        if self.key_valid_RK is None:
-            return None
+        """True where a query may look. None when plain causal masking of a square block says it all."""
         num_queries, num_keys = self.query_index_RQ.shape[1], self.key_index_RK.shape[1]
+        if self.key_valid_RK is None and num_queries == num_keys:
+            return None
         device = self.key_index_RK.device
         last_key_Q = torch.arange(num_queries, device=device) + (num_keys - num_queries)
         causal_QK = torch.arange(num_keys, device=device)[None, :] <= last_key_Q[:, None]
-        return causal_QK[None] & self.key_valid_RK[:, None, :]
+        return causal_QK[None] if self.key_valid_RK is None else causal_QK[None] & self.key_valid_RK[:, None, :]
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """positions_T: rotary position of each packed token. blocks: together they cover every token once as a query."""
+    """positions_T: rotary position of each packed token. blocks: together they cover every token once as a query.
+
+    gather_T: where each packed token's output stands in the blocks' outputs, laid flat one after another; None where the one
+    block is already in packed order.
+    """
 
     positions_T: Tensor
     blocks: tuple[AttentionBlock, ...]
+    gather_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ def layout_from_runs(runs: Sequence[Run], device: torch.device | None = None, pa
     by_start = sorted(runs, key=lambda run: run.start)
     positions_T = torch.cat([torch.arange(run.prefix_length, run.prefix_length + run.length) for run in by_start])
     blocks = tuple(_block(group, device) for group in _similar(runs, padding_limit))
-    return PackedLayout(positions_T.to(device), blocks)
+    return PackedLayout(positions_T.to(device), blocks, _gather(blocks, len(positions_T)))
 
 
 def causal_layout(lengths: Sequence[int], device: torch.device | None = None) -> PackedLayout:
@@ -105,6 +110,23 @@ def _block(runs: Sequence[Run], device: torch.device | None) -> AttentionBlock:
     if bool(key_valid.all()):
         return AttentionBlock(query_index.to(device), key_index)
     return AttentionBlock(query_index.to(device), key_index, query_valid.to(device), key_valid.to(device))
+
+
+def _gather(blocks: Sequence[AttentionBlock], num_tokens: int) -> Tensor | None:
+    packed_index = torch.cat([block.query_index_RQ.flatten() for block in blocks])
+    valid = torch.cat(
+        [
+            torch.ones_like(block.query_index_RQ, dtype=torch.bool).flatten()
+            if block.query_valid_RQ is None
+            else block.query_valid_RQ.flatten()
+            for block in blocks
+        ]
+    )
+    flat_index = torch.arange(len(packed_index), device=packed_index.device)
+    gather_T = torch.empty(num_tokens, dtype=torch.int64, device=packed_index.device)
+    gather_T[packed_index[valid]] = flat_index[valid]
+    in_order = len(flat_index) == num_tokens and bool((gather_T == flat_index).all())
+    return None if in_order else gather_T
 
 
 def _padded(spans: Sequence[tuple[int, int]], width: int) -> tuple[Tensor, Tensor]:

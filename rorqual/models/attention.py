@@ -1,0 +1,181 @@
+"""Attention: grouped-query (GQA) and multi-head latent (MLA), on packed tokens and against a cache.
+
+Both kinds offer the same two calls. `forward(x_TD, rotation, layout)` serves training: packed tokens, no cache.
+`forward_cached(x_RQD, rotation, columns, layout)` serves generation: it writes the new tokens to the cache and attends to all.
+MLA decodes in its absorbed form: the up-projections move onto the query and the output, so that all heads read one latent a
+token (multi-query attention over kv_lora_rank + rope dimensions; DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+Shapes: T packed tokens, R rows, Q queries a row, K keys a row, D hidden, H heads, G key-value heads, E head dimension,
+N no-position dimension, P rotary dimension, V value dimension, L latent rank.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rorqual.models.cache import CachedLayout
+from rorqual.models.config import MLAConfig, ModelConfig
+from rorqual.models.layout import AttentionBlock, PackedLayout
+from rorqual.models.rope import Rotation, softmax_scale
+
+
+class GroupedQueryAttention(nn.Module):
+    """Llama, Qwen2 (biases on q, k, v), Qwen3 (norms on q and k)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = softmax_scale(config.rope, config.head_dim)
+        width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    @staticmethod
+    def cache_widths(config: ModelConfig) -> tuple[int, ...]:
+        return (config.num_kv_heads * config.head_dim,) * 2
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, layout: PackedLayout) -> Tensor:
+        q_THE, k_TGE, v_TGE = self._project(x_TD, rotation)
+        return self.o_proj(attend_packed(q_THE, k_TGE, v_TGE, layout, self.scale))
+
+    def forward_cached(self, x_RQD: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
+        num_rows, num_queries = x_RQD.shape[:2]
+        q_RQHE, k_RQGE, v_RQGE = self._project(x_RQD, rotation)
+        layout.write(columns, (k_RQGE.flatten(0, 1).flatten(1), v_RQGE.flatten(0, 1).flatten(1)))
+        k_RGKE = layout.read(columns[0]).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        v_RGKE = layout.read(columns[1]).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        out_RHQE = F.scaled_dot_product_attention(
+            q_RQHE.transpose(1, 2),
+            k_RGKE,
+            v_RGKE,
+            attn_mask=layout.mask_RQK[:, None],
+            scale=self.scale,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.o_proj(out_RHQE.transpose(1, 2).reshape(num_rows, num_queries, -1))
+
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        return rotation.rotate(q), rotation.rotate(k), v
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """DeepSeek-V2/V3. The cache keeps the normalised latent and the rotated key that all heads share."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        mla = _mla(config)
+        self.num_heads = config.num_heads
+        self.nope_dim, self.rope_dim, self.value_dim = mla.qk_nope_head_dim, mla.qk_rope_head_dim, mla.v_head_dim
+        self.latent_dim = mla.kv_lora_rank
+        query_width = config.num_heads * (self.nope_dim + self.rope_dim)
+        self.scale = softmax_scale(config.rope, self.nope_dim + self.rope_dim)
+        self.q_lora = mla.q_lora_rank is not None
+        if mla.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(config.hidden_size, mla.q_lora_rank, bias=config.qkv_bias)
+            self.q_a_layernorm = nn.RMSNorm(mla.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(mla.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=config.qkv_bias)
+        self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=1e-6)
+        self.kv_b_proj = nn.Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.value_dim), bias=False)
+        self.o_proj = nn.Linear(config.num_heads * self.value_dim, config.hidden_size, bias=config.output_bias)
+
+    @staticmethod
+    def cache_widths(config: ModelConfig) -> tuple[int, ...]:
+        mla = _mla(config)
+        return (mla.kv_lora_rank, mla.qk_rope_head_dim)
+
+    def forward(self, x_TD: Tensor, rotation: Rotation, layout: PackedLayout) -> Tensor:
+        q_nope_THN, q_rope_THP, latent_TL, k_rope_TP = self._project(x_TD, rotation)
+        k_THE, v_THV = self._expand(latent_TL, k_rope_TP)
+        q_THE = torch.cat((q_nope_THN, q_rope_THP), dim=-1)
+        return self.o_proj(attend_packed(q_THE, k_THE, v_THV, layout, self.scale))
+
+    def forward_cached(self, x_RQD: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
+        q_nope, q_rope, latent, k_rope = self._project(x_RQD, rotation)
+        layout.write(columns, (latent.flatten(0, 1), k_rope.flatten(0, 1)))
+        latent_RKL, k_rope_RKP = layout.read(columns[0]), layout.read(columns[1])
+        if x_RQD.shape[1] == 1:
+            return self._decode_absorbed(q_nope[:, 0], q_rope[:, 0], latent_RKL, k_rope_RKP, layout.mask_RQK)
+        k_RKHE, v_RKHV = self._expand(latent_RKL, k_rope_RKP)
+        out_RHQV = F.scaled_dot_product_attention(
+            torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2),
+            k_RKHE.transpose(1, 2),
+            v_RKHV.transpose(1, 2),
+            attn_mask=layout.mask_RQK[:, None],
+            scale=self.scale,
+        )
+        return self.o_proj(out_RHQV.transpose(1, 2).flatten(2))
+
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries (without and with position), the normalised latent, the rotated shared key."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora else self.q_proj(x)
+        q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split((self.nope_dim, self.rope_dim), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent_dim, self.rope_dim), dim=-1)
+        k_rope = rotation.rotate(k_rope.unsqueeze(-2)).squeeze(-2)
+        return q_nope, rotation.rotate(q_rope), self.kv_a_layernorm(latent), k_rope
+
+    def _expand(self, latent: Tensor, k_rope: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-head keys and values from latents: [..., H, N+P] and [..., H, V]."""
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.num_heads, -1))
+        k_nope, v = kv.split((self.nope_dim, self.value_dim), dim=-1)
+        k_rope = k_rope.unsqueeze(-2).expand(*k_nope.shape[:-1], self.rope_dim)
+        return torch.cat((k_nope, k_rope), dim=-1), v
+
+    def _decode_absorbed(
+        self, q_nope_RHN: Tensor, q_rope_RHP: Tensor, latent_RKL: Tensor, k_rope_RKP: Tensor, mask_R1K: Tensor
+    ) -> Tensor:
+        """One query a row against the latents themselves; the softmax scale stays that of N + P dimensions."""
+        up_HXL = self.kv_b_proj.weight.view(self.num_heads, self.nope_dim + self.value_dim, self.latent_dim)
+        key_up_HNL, value_up_HVL = up_HXL.split((self.nope_dim, self.value_dim), dim=1)
+        q_latent_RHL = torch.bmm(q_nope_RHN.transpose(0, 1), key_up_HNL).transpose(0, 1)
+        scores_RHK = torch.bmm(q_latent_RHL, latent_RKL.transpose(1, 2))
+        scores_RHK = torch.baddbmm(scores_RHK, q_rope_RHP, k_rope_RKP.transpose(1, 2)).mul_(self.scale)
+        weights_RHK = scores_RHK.masked_fill_(~mask_R1K, float("-inf")).softmax(dim=-1)
+        out_RHL = torch.bmm(weights_RHK, latent_RKL)
+        out_RHV = torch.bmm(out_RHL.transpose(0, 1), value_up_HVL.transpose(1, 2)).transpose(0, 1)
+        return self.o_proj(out_RHV.reshape(len(out_RHV), 1, -1))
+
+
+def _mla(config: ModelConfig) -> MLAConfig:
+    if config.mla is None:
+        raise ValueError("MultiHeadLatentAttention needs ModelConfig.mla; set it, or use grouped-query attention.")
+    return config.mla
+
+
+def attend_packed(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, layout: PackedLayout, scale: float) -> Tensor:
+    """Softmax attention block by block; returns [T, H*V] in packed order."""
+    outputs = [_attend_block(q_THE, k_TGE, v_TGV, block, scale) for block in layout.blocks]
+    if layout.gather_T is None:
+        return outputs[0]
+    return torch.cat(outputs).index_select(0, layout.gather_T)
+
+
+def _attend_block(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, block: AttentionBlock, scale: float) -> Tensor:
+    mask_RQK = block.mask_RQK()
+    out_RHQV = F.scaled_dot_product_attention(
+        _take(q_THE, block.query_index_RQ),
+        _take(k_TGE, block.key_index_RK),
+        _take(v_TGV, block.key_index_RK),
+        attn_mask=None if mask_RQK is None else mask_RQK[:, None],
+        is_causal=mask_RQK is None,
+        scale=scale,
+        enable_gqa=q_THE.shape[1] != k_TGE.shape[1],
+    )
+    return out_RHQV.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _take(x_THE: Tensor, index_RQ: Tensor) -> Tensor:
+    """Rows of packed tokens as [R, H, Q, E]."""
+    rows = x_THE.index_select(0, index_RQ.flatten())
+    return rows.view(*index_RQ.shape, *x_THE.shape[1:]).transpose(1, 2)

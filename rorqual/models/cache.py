@@ -1,0 +1,83 @@
+"""The key-value cache: one row of tokens a slot, for every layer.
+
+Each attention kind says what it keeps for a token (`widths`): keys and values for grouped-query attention, the latent and the
+rotated key for MLA. The cache stores those columns flat, so that one `index_copy_` writes any set of tokens.
+
+Shapes: S slots, C capacity in tokens, R rows in a call, Q queries a row, K keys visible, W width of a column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class KVCache:
+    """`columns[layer][i]` is [S, C, W_i]. Which tokens of a slot are valid is the caller's to know."""
+
+    def __init__(
+        self, num_layers: int, widths: tuple[int, ...], num_slots: int, capacity: int, like: Tensor
+    ) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
+        self.columns = [
+            [torch.zeros(num_slots, capacity, width, dtype=like.dtype, device=like.device) for width in widths]
+            for _ in range(num_layers)
+        ]
+
+    def copy_tokens(self, source: int, target: int, length: int) -> None:
+        """Make the first `length` tokens of slot `target` equal to those of slot `source`."""
+        for columns in self.columns:
+            for column in columns:
+                column[target, :length] = column[source, :length]
+
+    def swap(self, first: int, second: int, length: int) -> None:
+        """Exchange the first `length` tokens of two slots."""
+        for columns in self.columns:
+            for column in columns:
+                kept = column[first, :length].clone()
+                column[first, :length] = column[second, :length]
+                column[second, :length] = kept
+
+
+@dataclass(frozen=True)
+class CachedLayout:
+    """Where the new tokens of a call go, and what they see. Build it with `cached_layout`.
+
+    slots: the rows' slots, a slice where they are consecutive (then the cache is read in place). write_index_N: flat
+    token index in [S*C) of each new token. mask_RQK: True where a query may look; K covers the longest row.
+    """
+
+    slots: slice | Tensor
+    positions_RQ: Tensor
+    write_index_N: Tensor
+    num_keys: int
+    mask_RQK: Tensor
+
+    def write(self, columns: list[Tensor], new: tuple[Tensor, ...]) -> None:
+        """Store the new tokens' columns, each [R*Q, W]."""
+        for column, values in zip(columns, new, strict=True):
+            column.view(-1, column.shape[-1]).index_copy_(0, self.write_index_N, values)
+
+    def read(self, column: Tensor) -> Tensor:
+        """The rows' tokens, new ones included: [R, K, W]."""
+        return column[self.slots, : self.num_keys]
+
+
+def cached_layout(slots: range | list[int], starts_R: Tensor, num_queries: int, cache: KVCache) -> CachedLayout:
+    """`num_queries` new tokens for each slot, after the `starts_R` tokens (int64, on the cache's device) it holds.
+
+    A row may hold fewer real tokens than `num_queries`; what is written past them is seen by nothing and overwritten by the
+    tokens that follow. Raises: ValueError when a row would pass the capacity.
+    """
+    num_keys = int(starts_R.max()) + num_queries
+    if num_keys > cache.capacity:
+        raise ValueError(f"The cache holds {cache.capacity} tokens a slot, and this call needs {num_keys}.")
+    device = starts_R.device
+    positions_RQ = starts_R[:, None] + torch.arange(num_queries, device=device)
+    slots_R = torch.tensor(list(slots), device=device)
+    write_index_N = (slots_R[:, None] * cache.capacity + positions_RQ).flatten()
+    mask_RQK = torch.arange(num_keys, device=device) <= positions_RQ[..., None]
+    where = slice(slots.start, slots.stop) if isinstance(slots, range) else slots_R
+    return CachedLayout(where, positions_RQ, write_index_N, num_keys, mask_RQK)
