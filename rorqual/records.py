@@ -9,14 +9,28 @@ Every record is frozen, keyword-only and torch-free. Long numeric columns are `a
 from __future__ import annotations
 
 from array import array
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 
 import msgspec
 
 RecordType = TypeVar("RecordType")
 
+if TYPE_CHECKING:
+    IntArray = array[int]
+    FloatArray = array[float]
+else:  # msgspec evaluates the annotations, and `array` takes no type argument before Python 3.12
+    IntArray = FloatArray = array
 
-class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+
+class _RecordMeta(msgspec.StructMeta):
+    """Hands keyword-only down to subclasses, as msgspec does with its other settings."""
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], **settings: Any) -> _RecordMeta:
+        return super().__new__(cls, name, bases, namespace, **{"kw_only": True, **settings})
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(msgspec.field,))
+class Record(msgspec.Struct, metaclass=_RecordMeta, frozen=True, forbid_unknown_fields=True):
     """Base of every record: frozen, keyword-only, strict."""
 
 
@@ -77,8 +91,8 @@ class Task(Record):
 class SamplingParams(Record):
     """How to draw tokens. `temperature=0` is greedy; `top_p=1`, `top_k=0`, `min_p=0` leave the distribution whole.
 
-    Truncation is applied after the temperature, in the order top-k, top-p, min-p. `seed` and the number of tokens drawn so
-    far fix each draw, whatever else shares the batch.
+    Truncation is applied after the temperature, in the order top-k, top-p, min-p. `seed` and the number of tokens drawn
+    so far fix each draw, whatever else shares the batch.
     """
 
     temperature: float = 1.0
@@ -111,11 +125,11 @@ class SamplingParams(Record):
 class KeptTokens(Record):
     """The sampling mask: for sampled token i, the support was `ids[offsets[i]:offsets[i+1]]`, in ascending order.
 
-    `KeptTokens(offsets=array("q", [0, 2, 3]), ids=array("i", [5, 9, 7]))` says: 5 or 9 could be drawn first, then only 7.
+    `KeptTokens(offsets=array("q", [0, 2, 3]), ids=array("i", [5, 9, 7]))`: first 5 or 9 could be drawn, then only 7.
     """
 
-    offsets: array[int]
-    ids: array[int]
+    offsets: IntArray
+    ids: IntArray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -127,7 +141,7 @@ class Routes(Record):
     `Routes(experts=array("h", [0, 3, 1, 2]), num_layers=1, experts_per_token=2)` holds two tokens.
     """
 
-    experts: array[int]
+    experts: IntArray
     num_layers: int
     experts_per_token: int
 
@@ -142,7 +156,7 @@ class GenerateRequest(Record):
     """
 
     request_id: str
-    prompt_ids: array[int]
+    prompt_ids: IntArray
     params: SamplingParams
 
 
@@ -156,10 +170,10 @@ class Completion(Record):
     """
 
     request_id: str
-    token_ids: array[int]
-    logprobs: array[float]
-    entropies: array[float]
-    kept_mass: array[float]
+    token_ids: IntArray
+    logprobs: FloatArray
+    entropies: FloatArray
+    kept_mass: FloatArray
     finish_reason: Literal["stop", "length"]
     weight_version: int
     kept: KeptTokens | None = None
@@ -172,15 +186,16 @@ class Completion(Record):
 class Segment(Record):
     """One exact token context; inside a segment the context only grows.
 
-    All columns but `kept` and `routes` have one entry a token. `sampled` is 1 where the policy drew the token, `logprobs` and
-    `entropies` are 0 elsewhere. `kept` has one set for each sampled token; `routes` one row for each token but the last.
+    All columns but `kept` and `routes` have one entry a token. `sampled` is 1 where the policy drew the token,
+    `logprobs` and `entropies` are 0 elsewhere. `kept` has one set for each sampled token; `routes` one row for each
+    token but the last.
     `Segment(token_ids=array("i", [1, 44, 7]), sampled=array("b", [0, 0, 1]), logprobs=array("f", [0, 0, -0.5]), ...)`
     """
 
-    token_ids: array[int]
-    sampled: array[int]
-    logprobs: array[float]
-    entropies: array[float]
+    token_ids: IntArray
+    sampled: IntArray
+    logprobs: FloatArray
+    entropies: FloatArray
     weight_version: int
     kept: KeptTokens | None = None
     kept_mass: float = 1.0
@@ -198,13 +213,15 @@ class Segment(Record):
         return self.sampled.index(1) if 1 in self.sampled else len(self.sampled)
 
 
-EndReason = Literal["stop", "length", "turn_limit", "prompt_too_long", "environment_failed", "sandbox_failed", "judge_failed"]
+EndReason = Literal[
+    "stop", "length", "turn_limit", "prompt_too_long", "environment_failed", "sandbox_failed", "judge_failed"
+]
 
 
 class Evidence(Record):
     """What an environment saw, enough to score the trajectory again without it.
 
-    response: all text that the policy wrote; thinking and answer: its parts, None where the tags are missing or malformed.
+    response: all text that the policy wrote; thinking and answer: its parts, None where tags are missing or malformed.
     `Evidence(response="<think>4+3=7</think> <answer>7</answer>", thinking="4+3=7", answer="7", num_sampled_tokens=12,
     end="stop")`
     """
@@ -234,7 +251,8 @@ class Trajectory(Record):
 class Score(Record):
     """What the rewards made of one Evidence: `Score(total=1.1, parts={"accuracy": 1.0, "format": 1.0})`.
 
-    `parts` are unweighted; `total` is their weighted sum. `error` names a reward that raised; such a score trains nothing.
+    `parts` are unweighted; `total` is their weighted sum. `error` names a reward that raised; such a score trains
+    nothing.
     """
 
     total: float
@@ -245,16 +263,16 @@ class Score(Record):
 class TrainSample(Record):
     """One segment with its credit, ready to be packed: what the trainer needs and nothing else.
 
-    `advantage` holds for every sampled token of the sample. Samples with equal `group_id` and equal first `prompt_length`
-    tokens share their prompt in the packed batch. Columns are as in Segment.
+    `advantage` holds for every sampled token of the sample. Samples with equal `group_id` and equal first
+    `prompt_length` tokens share their prompt in the packed batch. Columns are as in Segment.
     """
 
     sample_id: str
     group_id: str
     domain: str
-    token_ids: array[int]
-    sampled: array[int]
-    behaviour_logprobs: array[float]
+    token_ids: IntArray
+    sampled: IntArray
+    behaviour_logprobs: FloatArray
     prompt_length: int
     advantage: float
     weight_version: int
