@@ -1,8 +1,8 @@
 """A scratchpad on which a solver works a problem out, and on which slips can be planted.
 
 A solver is a plain program that passes every value it computes through the pad. The pad writes the step down and hands
-back the value that was written, right or wrong; so a slip that nobody notices runs on into every later step and into the
-answer, as it does in real worked solutions.
+back the value that was written, right or wrong; so a slip that nobody notices runs on into every later step and into
+the answer, as it does in real worked solutions.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Worked(Record):
 
 
 class Scratchpad:
-    """Collects steps. `slips` maps the number of a step, from 0, to what goes wrong there; the other steps are right."""
+    """Collects steps. `slips` maps the number of a step, from 0, to what goes wrong there; other steps are right."""
 
     def __init__(self, rng: Random, slips: Mapping[int, Slip] | None = None) -> None:
         self.steps: list[Step] = []

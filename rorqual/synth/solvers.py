@@ -3,8 +3,8 @@
 Each line is local: it names the state it starts from, one operation, and the new state. Digits stand alone (the
 tokenizer splits them), arithmetic has no spaces, and the last line holds the answer.
 
-A solver takes a reasoning-gym entry (`question`, `answer`, `metadata`) and a Scratchpad, writes its steps on the pad and
-returns the answer in the data set's own answer format. It reads the problem, never the gold answer; only `restate` does.
+A solver takes a reasoning-gym entry (`question`, `answer`, `metadata`) and a Scratchpad, writes its steps on the pad
+and returns the answer in the data set's own format. It reads the problem, never the gold answer; only `restate` does.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def restate(entry: Entry, pad: Scratchpad) -> str:
 
 
 def wrong_answers(gold: str) -> list[str]:
-    """Plausible wrong answers: numbers near an integer; else the text with two neighbours swapped, or its end cut off."""
+    """Plausible wrong answers: numbers near an integer; else the text with neighbours swapped, or its end cut off."""
     try:
         return [str(value) for value in near_numbers(int(gold))]
     except ValueError:

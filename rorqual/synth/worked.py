@@ -1,7 +1,7 @@
 """The pre-training corpus: worked solutions of reasoning-gym entries, in several forms, some of them with mistakes.
 
-Comes in: entries of the train split, by index. Goes out: documents, made lazily and fixed by (config, sources, index), so
-that a data cursor is one integer. How a question becomes a prompt, and how both become tokens, is left to others.
+Comes in: entries of the train split, by index. Goes out: documents, made lazily and fixed by (config, sources, index),
+so that a data cursor is one integer. How a question becomes a prompt and both become tokens is left to others.
 
 The mixture makes a base model for R1-Zero: the commonest form answers at once, which a small model does badly, so the
 base is weak; the reasoned forms are there, so it can explore; slips, noise and broken tags are there to be unlearnt.
@@ -23,8 +23,8 @@ Form = Literal["direct", "reasoned", "self_correcting", "malformed"]
 class CorpusConfig(Record):
     """What the corpus is made of. The four shares are of documents and sum to 1.
 
-    direct_share: `<answer>7</answer>`, no thinking. reasoned_share: thinking, then the answer. self_correcting_share: as
-    reasoned, with one wrong step that is noticed and put right. malformed_share: reasoned or direct with a tag missing.
+    direct_share: `<answer>7</answer>`, no thinking. reasoned_share: thinking, then the answer. self_correcting_share:
+    reasoned, with one wrong step that is noticed and put right. malformed_share: reasoned or direct with tags missing.
     wrong_step_share: probability that a step of a reasoned or malformed document is wrong and goes unnoticed.
     noisy_answer_share: probability that an answer given without reasoning is not the right one.
     """
