@@ -26,6 +26,14 @@ class KVCache:
             for _ in range(num_layers)
         ]
 
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a slot."""
+        extra = capacity - self.capacity
+        self.columns = [
+            [torch.nn.functional.pad(column, (0, 0, 0, extra)) for column in columns] for columns in self.columns
+        ]
+        self.capacity = capacity
+
     def copy_tokens(self, source: int, target: int, length: int) -> None:
         """Make the first `length` tokens of slot `target` equal to those of slot `source`."""
         for columns in self.columns:

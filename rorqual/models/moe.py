@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rorqual.models.buffers import ExactBuffers
 from rorqual.models.config import MoEConfig
 
 FREE_ROUTE = -1
@@ -31,7 +32,7 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
 
 
-class Router(nn.Module):
+class Router(ExactBuffers):
     """Scores in float32. With a sigmoid gate, `e_score_correction_bias` steers the choice and never the weights."""
 
     e_score_correction_bias: Tensor | None
@@ -43,7 +44,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
         bias = torch.zeros(config.num_experts) if config.scoring == "sigmoid" else None
         self.register_buffer("e_score_correction_bias", bias)
-        self.register_buffer("load_X", torch.zeros(config.num_experts), persistent=False)
+        self.register_buffer("load_X", torch.zeros(config.num_experts, device="cpu"), persistent=False)
 
     def forward(self, x_TD: Tensor, forced_TK: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Weights [T, K] in float32 (float64 stays) and chosen experts [T, K] (int64)."""

@@ -13,8 +13,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rorqual.models.buffers import ExactBuffers
 from rorqual.models.config import RopeConfig
 
 
@@ -35,20 +36,24 @@ class Rotation:
         return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
 
 
-class Rope(nn.Module):
-    """Angles for one rotary dimension; float32 whatever the model's dtype."""
+class Rope(ExactBuffers):
+    """Angles for one rotary dimension; float32 whatever the model's dtype.
+
+    The frequencies are in no checkpoint, so they are computed even where the model is built on the meta device.
+    """
 
     inverse_frequency: Tensor
 
     def __init__(self, config: RopeConfig, dim: int) -> None:
         super().__init__()
         self.interleaved = config.interleaved
-        frequency, self.attention_factor = SCALINGS[config.scaling](config, dim)
+        with torch.device("cpu"):
+            frequency, self.attention_factor = SCALINGS[config.scaling](config, dim)
         self.register_buffer("inverse_frequency", frequency, persistent=False)
 
     def forward(self, positions_P: Tensor, dtype: torch.dtype) -> Rotation:
         """Rotation at `positions_P` (int64), computed in float32 and cast to `dtype`."""
-        angles = (positions_P.unsqueeze(-1).float() * self.inverse_frequency.float()).unsqueeze(-2)
+        angles = (positions_P.unsqueeze(-1).float() * self.inverse_frequency).unsqueeze(-2)
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
@@ -99,7 +104,8 @@ def _yarn(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
     if config.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
-    ramp = ((torch.arange(dim // 2).float() - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)
+    span = high - low if high != low else 1e-3
+    ramp = ((torch.arange(dim // 2).float() - low) / span).clamp(0.0, 1.0)
     return frequency / config.factor * ramp + frequency * (1 - ramp), _yarn_attention_factor(config)
 
 

@@ -1,0 +1,267 @@
+"""The built-in engine: continuous batching over a key-value cache, on any device torch has.
+
+In: GenerateRequests. Out: Completions with behaviour log-probs, kept-token sets, expert routes and the weight version.
+Each `step` admits what fits, advances prefills by one chunk, and draws one token for every sequence that decodes.
+A prompt that several requests share is prefilled once, and a prompt that continues what a slot still holds (the next turn of a
+conversation) is prefilled from where they part.
+
+Shapes: R rows, Q queries a row, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual.engines.sampling import draw
+from rorqual.engines.slots import SlotTable
+from rorqual.models.cache import cached_layout
+from rorqual.models.decoder import Decoder
+from rorqual.records import Completion, GenerateRequest, Record, from_json, to_json
+
+INITIAL_CAPACITY = 128
+
+
+class EngineConfig(Record):
+    """num_slots: sequences in the cache at once, ended ones kept for reuse included. prefill_chunk_tokens: most prompt tokens,
+    padding included, that one step feeds. context_window: 0 takes the model's."""
+
+    num_slots: int = 64
+    prefill_chunk_tokens: int = 8192
+    context_window: int = 0
+
+
+class LocalEngine:
+    """Implements `contracts.Engine` on a Decoder that it only reads."""
+
+    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), weight_version: int = 0) -> None:
+        self.model, self.config = model, config
+        self.weight_version = weight_version
+        self.context_window = config.context_window or model.config.context_window
+        self.table = SlotTable(model, config.num_slots, min(INITIAL_CAPACITY, self.context_window))
+        self.queue: deque[GenerateRequest] = deque()
+        self.num_decoding = 0
+        self.num_steps = 0
+
+    # --------------------------------------------------------------------------------------------------- contract
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self.queue) + sum(request is not None for request in self.table.requests)
+
+    def submit(self, requests: Sequence[GenerateRequest]) -> None:
+        """Queue requests. Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then none
+        of the requests is queued."""
+        in_flight = {r.request_id for r in (*self.queue, *self.table.requests) if r is not None}
+        for request in requests:
+            self._check(request, in_flight)
+            in_flight.add(request.request_id)
+        self.queue.extend(requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        self.num_steps += 1
+        self.model.eval()
+        finished = self._decode() if self.num_decoding else []
+        self._admit()
+        return finished + self._prefill()
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        """Run `requests` to their end, alone or beside others in flight, and return them in their order."""
+        self.submit(requests)
+        done: dict[str, Completion] = {}
+        wanted = {request.request_id for request in requests}
+        while not wanted <= done.keys():
+            done |= {completion.request_id: completion for completion in self.step()}
+        return [done[request.request_id] for request in requests]
+
+    def load_weights(self, source: Decoder, version: int) -> None:
+        """Sample from `source`'s weights from now on; nothing cached survives. `source` may be the engine's own model.
+
+        Raises: ValueError while requests are in flight, since one completion would then come from two policies.
+        """
+        if self.num_unfinished:
+            raise ValueError(f"{self.num_unfinished} requests are in flight; let them end before new weights are loaded.")
+        if source is not self.model:
+            self.model.load_state_dict(source.state_dict())
+        self.weight_version = version
+        self.table.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Queue, slots and cache: all that the coming steps depend on but the weights."""
+        return {
+            "table": self.table.state_dict(),
+            "queue": [to_json(request).decode() for request in self.queue],
+            "num_decoding": self.num_decoding,
+            "num_steps": self.num_steps,
+            "weight_version": self.weight_version,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.table.load_state_dict(state["table"])
+        self.queue = deque(from_json(request, GenerateRequest) for request in state["queue"])
+        self.num_decoding, self.num_steps = int(state["num_decoding"]), int(state["num_steps"])
+        self.weight_version = int(state["weight_version"])
+
+    # ----------------------------------------------------------------------------------------------------- phases
+
+    def _check(self, request: GenerateRequest, in_flight: set[str]) -> None:
+        name, length = request.request_id, len(request.prompt_ids)
+        if name in in_flight:
+            raise ValueError(f"Request {name!r} is already in flight; give each request an id of its own.")
+        if length == 0:
+            raise ValueError(f"Request {name!r} has an empty prompt; give it at least the begin-of-sentence token.")
+        if length >= self.context_window:
+            raise ValueError(
+                f"Request {name!r} has a prompt of {length} tokens, and the window holds {self.context_window}, the answer "
+                "included. Shorten the prompt or raise engine.context_window."
+            )
+        out_of_range = [t for t in request.prompt_ids if not 0 <= t < self.model.config.vocab_size]
+        if out_of_range:
+            raise ValueError(f"Request {name!r} holds token {out_of_range[0]}; the vocabulary has {self.model.config.vocab_size}.")
+
+    def _admit(self) -> None:
+        """Give free slots to queued requests. One whose prompt is being prefilled right now waits, and then shares it."""
+        pending = {
+            bytes(r.prompt_ids)
+            for slot, r in enumerate(self.table.requests)
+            if r is not None and slot >= self.num_decoding
+        }
+        waiting: deque[GenerateRequest] = deque()
+        while self.queue:
+            request = self.queue.popleft()
+            key = bytes(request.prompt_ids)
+            if key in pending:
+                waiting.append(request)
+                continue
+            prompt = np.frombuffer(request.prompt_ids, dtype=np.int32)
+            source, shared = self.table.longest_prefix(prompt)
+            if shared == len(prompt) == self.table.prompt_length[source]:
+                if not self._fork(request, source):
+                    waiting.append(request)
+                    break
+                continue
+            if not self._start(request, source, min(shared, len(prompt) - 1)):
+                waiting.append(request)
+                break
+            pending.add(key)
+        self.queue.extendleft(reversed(waiting))
+
+    def _start(self, request: GenerateRequest, source: int, shared: int) -> bool:
+        """Begin a prefill after the `shared` tokens that `source` holds; False when no slot is free."""
+        slot = self.table.free_slot(self.num_decoding)
+        if slot is None:
+            return False
+        self.table.occupy(slot, request, self.num_steps)
+        self.table.copy_prefix(source, slot, shared) if shared else None
+        return True
+
+    def _fork(self, request: GenerateRequest, source: int) -> bool:
+        """Start from a prompt that `source` has finished; its first token is drawn with the coming prefills."""
+        slot = self.table.free_slot(self.num_decoding)
+        if slot is None:
+            return False
+        length = int(self.table.prompt_length[source])
+        self.table.last_used[source] = self.num_steps
+        if slot == source and self.table.requests[slot] is None:
+            self.table.occupy(slot, request, self.num_steps)
+            self.table.cached[slot] = length
+            return True
+        self.table.occupy(slot, request, self.num_steps)
+        self.table.copy_prefix(source, slot, length)
+        self.table.prompt_hidden[slot] = self.table.prompt_hidden[source]
+        return True
+
+    def _prefill(self) -> list[Completion]:
+        """Feed one chunk of prompts; then draw the first token of all that are complete, and of those that share them."""
+        table = self.table
+        slots = [s for s in range(self.num_decoding, table.num_slots) if table.requests[s] is not None]
+        unfed = sorted((s for s in slots if table.cached[s] < table.prompt_length[s]), key=self._missing)
+        if unfed:
+            self._feed_chunk(unfed)
+            self._admit()
+        ready = [
+            s
+            for s in range(self.num_decoding, table.num_slots)
+            if table.requests[s] is not None and table.cached[s] == table.prompt_length[s]
+        ]
+        if not ready:
+            return []
+        for slot in ready:
+            table.swap(slot, self.num_decoding)
+            self.num_decoding += 1
+        first = self.num_decoding - len(ready)
+        return self._draw(range(first, self.num_decoding), table.prompt_hidden[first : self.num_decoding])
+
+    def _missing(self, slot: int) -> int:
+        return int(self.table.prompt_length[slot] - self.table.cached[slot])
+
+    def _feed_chunk(self, slots: list[int]) -> None:
+        """The shortest prompts first, as many as the chunk holds; a prompt longer than the chunk is fed in parts."""
+        table, budget = self.table, self.config.prefill_chunk_tokens
+        count = 1
+        while count < len(slots) and (count + 1) * self._missing(slots[count]) <= budget:
+            count += 1
+        rows = np.array(slots[:count])
+        num_queries = min(self._missing(slots[count - 1]), budget)
+        new = np.minimum(table.prompt_length[rows] - table.cached[rows], num_queries)
+        starts = table.cached[rows].copy()
+        table.grow(int(starts.max()) + num_queries)
+        positions_RQ = starts[:, None] + np.arange(num_queries)
+        layout = cached_layout(rows.tolist(), self._tensor(starts), num_queries, table.cache)
+        output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
+        table.record_routes(rows, positions_RQ, output.routes)
+        table.cached[rows] += new
+        table.prompt_hidden[rows] = output.hidden[torch.arange(len(rows)), self._tensor(new - 1)]
+
+    def _decode(self) -> list[Completion]:
+        """One token for each decoding slot."""
+        table, rows = self.table, np.arange(self.num_decoding)
+        table.grow(int(table.length[rows].max()) + 1)
+        positions_RQ = (table.length[rows] - 1)[:, None]
+        layout = cached_layout(range(self.num_decoding), self._tensor(positions_RQ[:, 0]), 1, table.cache)
+        output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
+        table.record_routes(rows, positions_RQ, output.routes)
+        table.cached[rows] += 1
+        return self._draw(range(self.num_decoding), output.hidden[:, 0])
+
+    def _draw(self, slots: range, hidden_RD: Tensor) -> list[Completion]:
+        """Draw the next token of consecutive slots, note everything about it, and retire those that ended."""
+        table, rows = self.table, np.arange(slots.start, slots.stop)
+        requests = [table.requests[slot] for slot in slots]
+        params = [request.params for request in requests if request is not None]
+        place = table.length[rows]
+        draws = draw(self.model.logits(hidden_RD), params, place - table.prompt_length[rows])
+        table.grow(int(place.max()) + 1)
+        tokens_R = draws.token_R.cpu().numpy()
+        table.tokens[rows, place] = tokens_R
+        table.logprobs[rows, place] = draws.logprob_R.float().cpu().numpy()
+        table.entropies[rows, place] = draws.entropy_R.float().cpu().numpy()
+        table.kept_mass[rows, place] = draws.kept_mass_R.float().cpu().numpy()
+        table.length[rows] += 1
+        if len(draws.kept_ids_N):
+            ends = np.cumsum(draws.kept_count_R.cpu().numpy())
+            for slot, ids in zip(slots, np.split(draws.kept_ids_N.to(torch.int32).cpu().numpy(), ends[:-1]), strict=True):
+                table.kept[slot].append(ids)
+        stops = [int(token) in p.stop_token_ids for token, p in zip(tokens_R, params, strict=True)]
+        drawn = table.length[rows] - table.prompt_length[rows]
+        full = (drawn >= [p.max_new_tokens for p in params]) | (table.length[rows] >= self.context_window)
+        ended = [(slot, stop) for slot, stop, end in zip(slots, stops, full, strict=True) if stop or end]
+        return [self._retire(slot, "stop" if stop else "length") for slot, stop in reversed(ended)][::-1]
+
+    def _retire(self, slot: int, finish_reason: str) -> Completion:
+        """Hand out the completion of a decoding slot and leave its tokens behind for reuse. Called from the last slot down."""
+        completion = self.table.completion(slot, finish_reason, self.weight_version)
+        self.table.requests[slot] = None
+        self.table.last_used[slot] = self.num_steps
+        self.num_decoding -= 1
+        self.table.swap(slot, self.num_decoding)
+        return completion
+
+    def _tensor(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.embed_tokens.weight.device)

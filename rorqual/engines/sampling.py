@@ -1,0 +1,212 @@
+"""Drawing tokens: temperature, top-k, top-p, min-p, and the record of what could have been drawn.
+
+In: logits and one SamplingParams a row. Out: the token, its log-prob under the very distribution it was drawn from, that
+distribution's entropy, the mass that truncation kept, and the kept ids: what "keep sampling mask" replays in training
+(DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+
+A draw is the inverse of the cumulative distribution, in ascending token order, at a number that depends only on the request's
+seed and on how many tokens it has drawn: it does not depend on which requests share the batch.
+
+Shapes: R rows, V vocabulary, W candidates of a row (the most probable ones), N kept ids in all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual.records import SamplingParams
+
+FIRST_CANDIDATES = 64
+"""Truncation looks at this many of the most probable tokens first, and at all of them where these do not suffice."""
+
+CHUNK = 256
+"""Vocabulary chunk of the two-level search for a draw from a whole distribution."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One drawn token a row. kept_ids_N lists the support of each row in turn, `kept_count_R` ids each; 0 means the whole."""
+
+    token_R: Tensor
+    logprob_R: Tensor
+    entropy_R: Tensor
+    kept_mass_R: Tensor
+    kept_ids_N: Tensor
+    kept_count_R: Tensor
+
+
+def uniforms(seed_R: np.ndarray, counter_R: np.ndarray) -> np.ndarray:
+    """One float64 in [0, 1) for each (seed, counter): the SplitMix64 output function applied to their mix."""
+    with np.errstate(over="ignore"):
+        z = seed_R.astype(np.uint64) * np.uint64(0xD1342543DE82EF95) + counter_R.astype(np.uint64)
+        for _ in range(2):
+            z = z + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def draw(logits_RV: Tensor, params: Sequence[SamplingParams], counter_R: np.ndarray) -> Draws:
+    """Draw one token a row. `counter_R`: tokens that each request has drawn so far. Logits may be overwritten.
+
+    Raises: ValueError naming the rows whose logits hold NaN.
+    """
+    logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+    seed_R = np.fromiter((p.seed & 0xFFFFFFFFFFFFFFFF for p in params), dtype=np.uint64, count=len(params))
+    uniform_R = torch.from_numpy(uniforms(seed_R, counter_R)).to(logits_RV.device)
+    groups: dict[tuple[bool, bool], list[int]] = {}
+    for row, p in enumerate(params):
+        groups.setdefault((p.temperature == 0.0, p.truncates), []).append(row)
+    parts = []
+    for (greedy, truncates), rows in groups.items():
+        whole = len(rows) == len(params)
+        index = slice(None) if whole else torch.tensor(rows, device=logits_RV.device)
+        chosen = params if whole else [params[row] for row in rows]
+        kind = _draw_greedy if greedy else _draw_truncated if truncates else _draw_whole
+        parts.append((rows, kind(logits_RV[index], chosen, uniform_R[index])))
+    return parts[0][1] if len(parts) == 1 else _merge(parts, len(params))
+
+
+def _draw_greedy(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
+    """The most probable token; a point mass, so its log-prob and entropy are 0."""
+    _refuse_nan(logits_RV)
+    best_R, token_R = logits_RV.max(dim=-1)
+    mass_R = (best_R - logits_RV.logsumexp(dim=-1)).exp()
+    zero_R = torch.zeros_like(mass_R)
+    count_R = torch.zeros_like(token_R)
+    return Draws(token_R, zero_R, zero_R.clone(), mass_R, token_R[:0], count_R)
+
+
+def _draw_whole(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
+    """Few passes over [R, V]: shift by the maximum, exponentiate, sum by chunks; nothing is normalised but what is asked."""
+    shifted_RV = _tempered(logits_RV, params)
+    shifted_RV = shifted_RV - shifted_RV.amax(dim=-1, keepdim=True)
+    _refuse_nan(shifted_RV[:, :1])
+    weights_RV = shifted_RV.exp()
+    token_R, total_R = _invert(weights_RV, uniform_R)
+    log_total_R = total_R.log()
+    logprob_R = shifted_RV.gather(1, token_R[:, None])[:, 0] - log_total_R
+    entropy_R = log_total_R - torch.linalg.vecdot(weights_RV, shifted_RV) / total_R
+    count_R = torch.zeros_like(token_R)
+    logprob_R, entropy_R = logprob_R.to(logits_RV.dtype), entropy_R.to(logits_RV.dtype)
+    return Draws(token_R, logprob_R, entropy_R, torch.ones_like(logprob_R), token_R[:0], count_R)
+
+
+def _draw_truncated(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
+    logits_RV = _tempered(logits_RV, params)
+    normalizer_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
+    _refuse_nan(normalizer_R1)
+    ids_RW, probs_RW, kept_RW = _candidates(logits_RV, normalizer_R1, params)
+    vocabulary = logits_RV.shape[1]
+    ids_RW, order_RW = ids_RW.masked_fill(~kept_RW, vocabulary).sort(dim=-1)
+    probs_RW = probs_RW.masked_fill(~kept_RW, 0.0).gather(1, order_RW)
+    mass_R = probs_RW.sum(dim=-1)
+    cumulative_RW = probs_RW.double().cumsum(dim=-1)
+    place_R = torch.searchsorted(cumulative_RW, (uniform_R * cumulative_RW[:, -1])[:, None], right=True)[:, 0]
+    count_R = kept_RW.sum(dim=-1)
+    place_R1 = torch.minimum(place_R, count_R - 1)[:, None]
+    probs_RW = probs_RW / mass_R[:, None]
+    return Draws(
+        token_R=ids_RW.gather(1, place_R1)[:, 0],
+        logprob_R=probs_RW.gather(1, place_R1)[:, 0].log(),
+        entropy_R=-torch.special.xlogy(probs_RW, probs_RW).sum(dim=-1),
+        kept_mass_R=mass_R,
+        kept_ids_N=ids_RW[ids_RW < vocabulary],
+        kept_count_R=count_R,
+    )
+
+
+def _candidates(
+    logits_RV: Tensor, normalizer_R1: Tensor, params: Sequence[SamplingParams]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The most probable tokens of each row, descending: ids, probabilities, and which of them truncation keeps.
+
+    A row that keeps all of its first candidates might keep more; such rows are looked at again with all their tokens.
+    """
+    vocabulary = logits_RV.shape[1]
+    width = min(vocabulary, max(FIRST_CANDIDATES, *(p.top_k for p in params)))
+    values_RW, ids_RW = logits_RV.topk(width, dim=-1)
+    probs_RW = (values_RW - normalizer_R1).exp()
+    kept_RW = _keep(probs_RW, params)
+    unsure = [r for r in kept_RW[:, -1].nonzero().flatten().tolist() if width < vocabulary and not params[r].top_k]
+    if not unsure:
+        return ids_RW, probs_RW, kept_RW
+    values_UV, ids_UV = logits_RV[unsure].sort(dim=-1, descending=True)
+    probs_UV = (values_UV - normalizer_R1[unsure]).exp()
+    kept_UV = _keep(probs_UV, [params[r] for r in unsure])
+    widest = int(kept_UV.sum(dim=-1).max())
+    wider = (0, widest - width)
+    ids, probs, kept = (torch.nn.functional.pad(x, wider) for x in (ids_RW, probs_RW, kept_RW))
+    ids[unsure], probs[unsure], kept[unsure] = ids_UV[:, :widest], probs_UV[:, :widest], kept_UV[:, :widest]
+    return ids, probs, kept
+
+
+def _keep(probs_RW: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Top-k, then top-p of what top-k left (the smallest set that reaches p), then min-p relative to the best."""
+    device = probs_RW.device
+    top_k_R1 = torch.tensor([p.top_k or probs_RW.shape[1] for p in params], device=device)[:, None]
+    top_p_R1 = torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64)[:, None]
+    min_p_R1 = torch.tensor([p.min_p for p in params], device=device, dtype=probs_RW.dtype)[:, None]
+    limited_R1 = torch.tensor([p.top_k > 0 for p in params], device=device)[:, None]
+    kept_RW = torch.arange(probs_RW.shape[1], device=device) < top_k_R1
+    left_RW = (probs_RW * kept_RW).double()
+    total_R1 = torch.where(limited_R1, left_RW.sum(dim=-1, keepdim=True), 1.0)
+    before_RW = left_RW.cumsum(dim=-1) - left_RW
+    kept_RW &= (before_RW < top_p_R1 * total_R1) | (top_p_R1 >= 1.0)
+    kept_RW &= probs_RW >= min_p_R1 * probs_RW[:, :1]
+    kept_RW[:, 0] = True
+    return kept_RW
+
+
+def _tempered(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    if all(p.temperature == 1.0 for p in params):
+        return logits_RV
+    temperature_R1 = torch.tensor([p.temperature for p in params], device=logits_RV.device, dtype=logits_RV.dtype)[:, None]
+    return logits_RV / temperature_R1
+
+
+def _invert(weights_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+    """First index at which the cumulative weight passes `uniform * total`, by chunks, then inside one; and the total."""
+    num_rows, vocabulary = weights_RV.shape
+    padding = -vocabulary % CHUNK
+    if padding:
+        weights_RV = torch.nn.functional.pad(weights_RV, (0, padding))
+    chunks_RNC = weights_RV.view(num_rows, -1, CHUNK)
+    cumulative_RN = chunks_RNC.sum(dim=-1).double().cumsum(dim=-1)
+    target_R1 = (uniform_R * cumulative_RN[:, -1])[:, None]
+    chunk_R1 = torch.searchsorted(cumulative_RN, target_R1, right=True).clamp_(max=cumulative_RN.shape[1] - 1)
+    before_R1 = torch.where(chunk_R1 > 0, cumulative_RN.gather(1, (chunk_R1 - 1).clamp(min=0)), 0.0)
+    rows = torch.arange(num_rows, device=weights_RV.device)
+    inside_RC = chunks_RNC[rows, chunk_R1[:, 0]].double().cumsum(dim=-1)
+    place_R1 = torch.searchsorted(inside_RC, target_R1 - before_R1, right=True)
+    last_R1 = torch.searchsorted(inside_RC, inside_RC[:, -1:].contiguous())
+    return (chunk_R1 * CHUNK + torch.minimum(place_R1, last_R1))[:, 0], cumulative_RN[:, -1]
+
+
+def _merge(parts: list[tuple[list[int], Draws]], num_rows: int) -> Draws:
+    """Rows of several kinds back in their order."""
+    order = torch.tensor([row for rows, _ in parts for row in rows])
+    place = torch.empty_like(order)
+    place[order] = torch.arange(num_rows)
+    columns = [torch.cat([getattr(d, name) for _, d in parts])[place] for name in _ROW_COLUMNS]
+    supports = [ids for _, d in parts for ids in d.kept_ids_N.split(d.kept_count_R.tolist())]
+    kept_ids = torch.cat([supports[i] for i in place.tolist()])
+    return Draws(*columns[:4], kept_ids, columns[4])
+
+
+_ROW_COLUMNS = ("token_R", "logprob_R", "entropy_R", "kept_mass_R", "kept_count_R")
+
+
+def _refuse_nan(values: Tensor) -> None:
+    bad = values.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"The model's logits are NaN in {len(bad)} of {len(values)} rows (first: row {bad[0]}). The weights are damaged or "
+            "diverged: go back to an earlier checkpoint, or lower the learning rate."
+        )

@@ -1,0 +1,193 @@
+"""The slot table: what the engine knows of each sequence that occupies a row of the cache.
+
+Slots [0, num_decoding) decode, one token a step, and are kept together so that the cache is read in place. The others hold a
+prompt being prefilled, or what is left of an ended request, whose tokens a later prompt may reuse (`longest_prefix`), or nothing.
+
+Shapes: S slots, C capacity in tokens, D hidden, L mixture-of-experts layers, K experts a token.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual.models.cache import KVCache
+from rorqual.models.decoder import Decoder
+from rorqual.records import Completion, GenerateRequest, KeptTokens, Routes, from_json, to_json
+
+ROW_COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass")
+SLOT_COLUMNS = ("length", "cached", "prompt_length", "last_used")
+
+
+class SlotTable:
+    """Per-slot columns, moved and copied together with the cache rows that they describe.
+
+    tokens [S, C]: prompt, then drawn tokens; length: how many are known; cached: how many the cache holds; prompt_length: how
+    many came with the request; last_used: step of the last use, for eviction; prompt_hidden [S, D]: hidden state after the last
+    prompt token; routes [S, C, L*K]; kept: one array of ids for each drawn token.
+    """
+
+    def __init__(self, model: Decoder, num_slots: int, capacity: int) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
+        self.cache: KVCache = model.new_cache(num_slots, capacity)
+        self.tokens = np.zeros((num_slots, capacity), dtype=np.int64)
+        self.logprobs = np.zeros((num_slots, capacity), dtype=np.float32)
+        self.entropies = np.zeros((num_slots, capacity), dtype=np.float32)
+        self.kept_mass = np.ones((num_slots, capacity), dtype=np.float32)
+        self.length = np.zeros(num_slots, dtype=np.int64)
+        self.cached = np.zeros(num_slots, dtype=np.int64)
+        self.prompt_length = np.zeros(num_slots, dtype=np.int64)
+        self.last_used = np.full(num_slots, -1, dtype=np.int64)
+        self.requests: list[GenerateRequest | None] = [None] * num_slots
+        self.kept: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
+        self.prompt_hidden = model.embed_tokens.weight.detach().new_zeros(num_slots, model.config.hidden_size)
+        moe = model.config.moe
+        self.route_shape = (len(model.config.moe_layers), moe.experts_per_token) if moe else (0, 0)
+        self.routes = np.zeros((num_slots, capacity, self.route_shape[0] * self.route_shape[1]), dtype=np.int16)
+
+    # ------------------------------------------------------------------------------------------------ occupancy
+
+    def free_slot(self, num_decoding: int) -> int | None:
+        """The slot without a request that was used longest ago; None when all are busy."""
+        idle = [s for s in range(num_decoding, self.num_slots) if self.requests[s] is None]
+        return min(idle, key=lambda s: (self.last_used[s], s)) if idle else None
+
+    def longest_prefix(self, prompt: np.ndarray) -> tuple[int, int]:
+        """The slot whose cached tokens share the longest beginning with `prompt`, and that length (0: none)."""
+        usable = np.minimum(self.cached, len(prompt))
+        candidates = np.flatnonzero((usable > 0) & (self.tokens[:, 0] == prompt[0]))
+        best_slot, best_length = -1, 0
+        for slot in candidates.tolist():
+            limit = int(usable[slot])
+            if limit <= best_length:
+                continue
+            different = np.flatnonzero(self.tokens[slot, :limit] != prompt[:limit])
+            shared = int(different[0]) if len(different) else limit
+            if shared > best_length:
+                best_slot, best_length = slot, shared
+        return best_slot, best_length
+
+    def occupy(self, slot: int, request: GenerateRequest, step: int) -> None:
+        """Give `slot` to `request`; what the cache holds of it must be set by the caller."""
+        self.grow(len(request.prompt_ids) + 1)
+        prompt = np.frombuffer(request.prompt_ids, dtype=np.int32)
+        self.tokens[slot, : len(prompt)] = prompt
+        self.length[slot] = self.prompt_length[slot] = len(prompt)
+        self.cached[slot] = 0
+        self.requests[slot] = request
+        self.kept[slot] = []
+        self.last_used[slot] = step
+
+    def copy_prefix(self, source: int, target: int, length: int) -> None:
+        """Let `target` hold the first `length` cached tokens of `source`."""
+        if source != target:
+            self.cache.copy_tokens(source, target, length)
+            self.routes[target, :length] = self.routes[source, :length]
+        self.cached[target] = length
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange two slots in every respect."""
+        if first == second:
+            return
+        self.cache.swap(first, second, int(max(self.cached[first], self.cached[second])))
+        pair, swapped = [first, second], [second, first]
+        for name in (*ROW_COLUMNS, *SLOT_COLUMNS, "routes"):
+            column = getattr(self, name)
+            column[pair] = column[swapped]
+        self.prompt_hidden[pair] = self.prompt_hidden[swapped]
+        self.requests[first], self.requests[second] = self.requests[second], self.requests[first]
+        self.kept[first], self.kept[second] = self.kept[second], self.kept[first]
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a slot, at least doubling."""
+        if capacity <= self.capacity:
+            return
+        extra = max(capacity, 2 * self.capacity) - self.capacity
+        for name in (*ROW_COLUMNS, "routes"):
+            column = getattr(self, name)
+            padding = [(0, 0), (0, extra)] + [(0, 0)] * (column.ndim - 2)
+            setattr(self, name, np.pad(column, padding))
+        self.cache.grow(self.capacity + extra)
+        self.capacity += extra
+
+    def forget(self) -> None:
+        """Drop what ended requests left behind: it was computed by other weights."""
+        self.cached[:] = 0
+        self.last_used[:] = -1
+
+    # --------------------------------------------------------------------------------------------------- results
+
+    def record_routes(self, slots: np.ndarray, positions_RQ: np.ndarray, routes: Tensor | None) -> None:
+        """Store the experts of tokens just fed; `routes` is [R*Q, L, K]."""
+        if routes is not None:
+            values = routes.flatten(1).to(torch.int16).cpu().numpy()
+            self.routes[slots[:, None], positions_RQ] = values.reshape(*positions_RQ.shape, -1)
+
+    def completion(self, slot: int, finish_reason: str, weight_version: int) -> Completion:
+        """What `slot` drew, as a record."""
+        start, end = int(self.prompt_length[slot]), int(self.length[slot])
+        request = self.requests[slot]
+        assert request is not None
+        return Completion(
+            request_id=request.request_id,
+            token_ids=array("i", self.tokens[slot, start:end].astype(np.int32).tobytes()),
+            logprobs=array("f", self.logprobs[slot, start:end].tobytes()),
+            entropies=array("f", self.entropies[slot, start:end].tobytes()),
+            kept_mass=array("f", self.kept_mass[slot, start:end].tobytes()),
+            finish_reason="stop" if finish_reason == "stop" else "length",
+            weight_version=weight_version,
+            kept=_pack_kept(self.kept[slot]) if request.params.truncates else None,
+            routes=self._routes(slot, end - 1),
+        )
+
+    def _routes(self, slot: int, length: int) -> Routes | None:
+        if not self.route_shape[0]:
+            return None
+        experts = array("h", self.routes[slot, :length].tobytes())
+        return Routes(experts=experts, num_layers=self.route_shape[0], experts_per_token=self.route_shape[1])
+
+    # ---------------------------------------------------------------------------------------------------- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """All columns and the cache, cut to the longest sequence."""
+        width = max(1, int(self.length.max()))
+        state: dict[str, Any] = {name: getattr(self, name)[:, :width].copy() for name in (*ROW_COLUMNS, "routes")}
+        state |= {name: getattr(self, name).copy() for name in SLOT_COLUMNS}
+        state["cache"] = [[column[:, :width].clone() for column in columns] for columns in self.cache.columns]
+        state["prompt_hidden"] = self.prompt_hidden.clone()
+        state["requests"] = [None if r is None else to_json(r).decode() for r in self.requests]
+        state["kept_ids"] = [np.concatenate(k) if k else np.zeros(0, dtype=np.int32) for k in self.kept]
+        state["kept_counts"] = [np.array([len(ids) for ids in k], dtype=np.int64) for k in self.kept]
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises: ValueError when the state is of another number of slots."""
+        if len(state["requests"]) != self.num_slots:
+            raise ValueError(
+                f"The saved engine has {len(state['requests'])} slots, this one {self.num_slots}; set engine.num_slots back."
+            )
+        width = state["tokens"].shape[1]
+        self.grow(width)
+        for name in (*ROW_COLUMNS, "routes"):
+            getattr(self, name)[:, :width] = np.asarray(state[name])
+        for name in SLOT_COLUMNS:
+            getattr(self, name)[:] = np.asarray(state[name])
+        for columns, saved in zip(self.cache.columns, state["cache"], strict=True):
+            for column, values in zip(columns, saved, strict=True):
+                column[:, :width] = values
+        self.prompt_hidden[:] = state["prompt_hidden"]
+        self.requests = [None if r is None else from_json(r, GenerateRequest) for r in state["requests"]]
+        self.kept = [
+            np.split(np.asarray(ids), np.cumsum(counts)[:-1]) if len(counts) else []
+            for ids, counts in zip(state["kept_ids"], state["kept_counts"], strict=True)
+        ]
+
+
+def _pack_kept(kept: list[np.ndarray]) -> KeptTokens:
+    offsets = np.cumsum([0, *(len(ids) for ids in kept)], dtype=np.int64)
+    return KeptTokens(offsets=array("q", offsets.tobytes()), ids=array("i", np.concatenate(kept).astype(np.int32).tobytes()))
