@@ -96,7 +96,7 @@ class ObjectiveConfig(Record):
             ),
             (
                 self.importance_cap is not None and sequence_ratio,
-                "importance_cap is one weight a token and ratio_level 'sequence' one ratio a sequence; drop one of them",
+                "importance_cap is one weight a token, ratio_level 'sequence' one ratio a sequence; drop one of them",
             ),
             (
                 sequence_ratio and self.aggregation != "sequence_mean",

@@ -32,8 +32,8 @@ def train_samples(trajectory: Trajectory, score: Score, advantage: float) -> tup
         return ()
     if trajectory.end in FAILED_ENDS:
         raise ValueError(
-            f"trajectory {trajectory.trajectory_id} ended with {trajectory.end!r}, which says nothing about the policy, "
-            "but its score has no error; set Score.error so that it is left out of the group."
+            f"trajectory {trajectory.trajectory_id} ended with {trajectory.end!r}, which tells nothing of the policy; "
+            "its score has no error; set Score.error so that it is left out of the group."
         )
     if not math.isfinite(advantage):
         raise ValueError(
