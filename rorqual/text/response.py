@@ -31,7 +31,7 @@ class Response(Record):
 
 
 def parse_response(text: str) -> Response:
-    """Take `text` apart. An answer is looked for after the think block; in the whole text only if it has no think tag."""
+    """Take `text` apart. The answer is sought after the think block; in all of a text that has no think tag."""
     parts = split_thinking(text)
     if parts is None:
         has_tag = THINK_OPEN in text or THINK_CLOSE in text
@@ -44,7 +44,7 @@ def parse_response(text: str) -> Response:
 
 
 def split_thinking(text: str) -> tuple[str, str] | None:
-    """(thinking, rest) where `text` starts with exactly one think block (white space before it is allowed), else None."""
+    """(thinking, rest) if `text` starts, white space aside, with its one think block; else None."""
     if text.count(THINK_OPEN) != 1 or text.count(THINK_CLOSE) != 1:
         return None
     before, _, after = text.partition(THINK_OPEN)
@@ -53,12 +53,12 @@ def split_thinking(text: str) -> tuple[str, str] | None:
 
 
 def join_thinking(message: Message) -> str:
-    """The text that a message was parsed from, but for white space before its think block: inverse of `split_thinking`."""
+    """The text that a message was parsed from, white space before its think block aside."""
     return f"{THINK_OPEN}{message.thinking}{THINK_CLOSE}{message.content}" if message.thinking else message.content
 
 
 def find_answer(text: str) -> str | None:
-    """The one answer in `text`: in `<answer>` tags if there is any such tag, else in `\\boxed{}`. None unless exactly one."""
+    """The one answer in `text`: in `<answer>` tags if it has such a tag, else in `\\boxed{}`; None unless just one."""
     if ANSWER_OPEN in text or ANSWER_CLOSE in text:
         if text.count(ANSWER_OPEN) != 1 or text.count(ANSWER_CLOSE) != 1:
             return None

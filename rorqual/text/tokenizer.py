@@ -1,7 +1,7 @@
-"""Text <-> token ids, on the `tokenizers` library: load any Hugging Face `tokenizer.json`, or train a small byte-level BPE.
+"""Text <-> token ids, on the `tokenizers` library: load any `tokenizer.json`, or train a small byte-level BPE.
 
-Text that a user wrote can never turn into control tokens: `encode` reads `<｜User｜>` or `<think>` inside a text as plain
-characters unless it is told otherwise.
+Text that a user wrote can never turn into control tokens: `encode` reads `<｜User｜>` or `<think>` in a text as
+plain characters unless it is told otherwise.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ All but the answer tags are the control tokens of DeepSeek-V3.2; the answer tags
 """
 
 _KEPT_IN_TEXT = frozenset({"think_open", "think_close", "dsml", "answer_open", "answer_close"})
-"""Tokens that carry structure of the answer itself: `decode(skip_special=True)` keeps them, as DeepSeek's tokenizer does."""
+"""Tokens that are part of what is said: `decode(skip_special=True)` keeps them, as DeepSeek's tokenizer does."""
 
 _CONFIG_KEYS = {"bos": "bos_token", "eos": "eos_token", "pad": "pad_token"}
 
@@ -42,8 +42,8 @@ _CONFIG_KEYS = {"bos": "bos_token", "eos": "eos_token", "pad": "pad_token"}
 class Tokenizer:
     """A tokenizer with named special tokens.
 
-    special_tokens: name -> text, of those names in `SPECIAL_TOKENS` that this vocabulary has; `tokenizer_config.json`, where
-    it lies beside `tokenizer.json`, decides what bos, eos and pad are.
+    special_tokens: name -> text, of those names in `SPECIAL_TOKENS` that this vocabulary has; a
+    `tokenizer_config.json` beside the `tokenizer.json` decides what bos, eos and pad are.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str] | None = None) -> None:
@@ -55,6 +55,7 @@ class Tokenizer:
         missing = {name: text for name, text in self.special_tokens.items() if text not in vocabulary}
         if missing:
             raise ValueError(f"Special tokens {missing} are not in the vocabulary. Name tokens that it holds.")
+        self._special_names = {name: int(vocabulary[text]) for name, text in self.special_tokens.items()}
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self._control = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
         self._plain = _without_added_tokens(backend)
@@ -106,15 +107,16 @@ class Tokenizer:
         if name not in self.special_tokens:
             have = ", ".join(sorted(self.special_tokens)) or "none"
             raise ValueError(f"This tokenizer has no special token {name!r}; it has: {have}.")
-        return int(self._backend.token_to_id(self.special_tokens[name]))
+        return self._special_names[name]
 
-    def split_special(self, text: str) -> list[str | int]:
-        """`text` cut at its special tokens: each of them as its id, what lies between them as text."""
-        if not self._control:
+    def split_special(self, text: str, only: Collection[str] | None = None) -> list[str | int]:
+        """`text` cut at its special tokens (those in `only`, if given): each of them as its id, the rest as text."""
+        wanted = [token for token in self._control if only is None or token in only]
+        if not wanted:
             return [text] if text else []
-        longest_first = sorted(self._control, key=len, reverse=True)
+        longest_first = sorted(wanted, key=len, reverse=True)
         parts = re.split("(" + "|".join(map(re.escape, longest_first)) + ")", text)
-        return [self._control.get(part, part) for part in parts if part]
+        return [self._control[part] if part in wanted else part for part in parts if part]
 
     @property
     def _special_ids(self) -> set[int]:
@@ -127,7 +129,7 @@ class Tokenizer:
             raise ValueError(f"The text holds a lone surrogate, so it is not Unicode text: {error}.") from error
 
     def _encode_apart(self, text: str) -> array[int]:
-        """For vocabularies whose model itself spells a special token (Unigram): break each one after its first character."""
+        """For models that can spell a special token themselves (Unigram): break each after its first character."""
         ids = array("i")
         for part in re.split("|".join(f"(?<={re.escape(t[0])})(?={re.escape(t[1:])})" for t in self._control), text):
             ids.extend(self._encode_with(self._plain, part))

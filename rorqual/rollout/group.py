@@ -1,0 +1,217 @@
+"""G episodes of each task over one engine: the rollout loop, which can be killed anywhere and goes on bit for bit.
+
+A generator cannot be saved, but what it was sent can: the state of a live episode is the list of completions it has
+received. Resuming sends them to a fresh episode, which therefore stands where the lost one stood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rorqual.contracts import Engine, Environment
+from rorqual.records import Completion, GenerateRequest, Record, Task, Trajectory, from_json, to_json
+from rorqual.rollout.episode import Episode, EpisodeConfig, EpisodeKey, run_episode
+from rorqual.text.encoding import Encoding
+
+
+class Group(Record):
+    """The finished episodes of one task, in the order of their sample index."""
+
+    group_id: str
+    task: Task
+    trajectories: tuple[Trajectory, ...]
+
+
+class EpisodeState(Record):
+    """One episode as it is saved: the completions it received, and its trajectory once it has ended."""
+
+    completions: tuple[Completion, ...] = ()
+    trajectory: Trajectory | None = None
+
+
+class GroupState(Record):
+    """One unfinished group as it is saved."""
+
+    task: Task
+    step: int
+    episodes: tuple[EpisodeState, ...]
+
+
+class Rollouts:
+    """Plays `group_size` episodes of every task that is added, all over one engine.
+
+    What a group becomes depends on its task, step and the run's seed, never on what else is in flight.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        environments: Mapping[str, Environment],
+        encoding: Encoding,
+        config: EpisodeConfig,
+        group_size: int,
+        run_seed: int,
+    ) -> None:
+        """Raises: ValueError when `group_size` is below 1 or the window is larger than the engine's."""
+        if group_size < 1:
+            raise ValueError(f"group_size = {group_size} must be at least 1.")
+        if config.context_window > engine.context_window:
+            raise ValueError(
+                f"EpisodeConfig.context_window = {config.context_window} exceeds the engine's {engine.context_window}."
+            )
+        self._engine = engine
+        self._environments = environments
+        self._encoding = encoding
+        self._config = config
+        self._group_size = group_size
+        self._run_seed = run_seed
+        self._groups: dict[str, _LiveGroup] = {}
+        self._waiting: dict[str, _LiveEpisode] = {}
+
+    def add(self, tasks: Sequence[Task], step: int) -> None:
+        """Start the episodes of `tasks`; `step` tells apart the visits to the same task.
+
+        Raises: ValueError for a task that is already in flight in this step, or whose environment is unknown.
+        """
+        for task in tasks:
+            group = self._start(task, step)
+            self._submit([(episode, episode.advance(None)) for episode in group.episodes])
+
+    def step(self) -> list[Group]:
+        """Advance the engine once. Returns the groups that are finished, in the order in which they were added."""
+        if self._engine.num_unfinished:
+            completions = {completion.request_id: completion for completion in self._engine.step()}
+            received = [
+                (self._waiting.pop(name), completions.pop(name)) for name in list(self._waiting) if name in completions
+            ]
+            if completions:
+                raise ValueError(f"The engine returned completions that nobody asked for: {sorted(completions)}.")
+            self._submit([(episode, episode.advance(completion)) for episode, completion in received])
+        return [self._groups.pop(group.group_id).finished() for group in list(self._groups.values()) if group.is_done]
+
+    def run(self, tasks: Sequence[Task], step: int) -> list[Group]:
+        """Add `tasks`, play everything in flight to its end, and return the groups in the order of addition."""
+        self.add(tasks, step)
+        order = list(self._groups)
+        finished: dict[str, Group] = {}
+        while self._groups:
+            finished.update({group.group_id: group for group in self.step()})
+        return [finished[group_id] for group_id in order]
+
+    @property
+    def num_unfinished(self) -> int:
+        """Groups in flight."""
+        return len(self._groups)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything in flight: the engine's state, and the groups as JSON text."""
+        groups = [group.state() for group in self._groups.values()]
+        waiting = list(self._waiting)
+        return {"engine": self._engine.state_dict(), "groups": to_json(groups).decode(), "waiting": waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` stood. The environments answer the earlier turns of live episodes again.
+
+        Raises: ValueError when this object is in use, or the environments answer differently from before.
+        """
+        if self._groups:
+            raise ValueError("load_state_dict needs fresh Rollouts; these have groups in flight.")
+        self._engine.load_state_dict(state["engine"])
+        for saved in from_json(state["groups"], list[GroupState]):
+            self._restore(saved)
+        if set(self._waiting) != set(state["waiting"]):
+            raise ValueError(
+                "The resumed episodes wait for other completions than the saved ones: the encoding differs."
+            )
+        self._waiting = {request_id: self._waiting[request_id] for request_id in state["waiting"]}
+
+    def _start(self, task: Task, step: int) -> _LiveGroup:
+        if task.environment not in self._environments:
+            have = ", ".join(self._environments)
+            raise ValueError(f"Task {task.task_id} needs environment {task.environment!r}; there are: {have}.")
+        environment = self._environments[task.environment]
+        group = _LiveGroup(task, step)
+        for index in range(self._group_size):
+            key = EpisodeKey(run_seed=self._run_seed, step=step, task_id=task.task_id, sample_index=index)
+            group.group_id = key.group_id
+            group.episodes.append(_LiveEpisode(run_episode(task, key, environment, self._encoding, self._config)))
+        if group.group_id in self._groups:
+            raise ValueError(f"Group {group.group_id} is already in flight. Give another step to visit a task again.")
+        self._groups[group.group_id] = group
+        return group
+
+    def _restore(self, saved: GroupState) -> None:
+        if len(saved.episodes) != self._group_size:
+            raise ValueError(
+                f"The saved groups have {len(saved.episodes)} episodes, these Rollouts {self._group_size}."
+            )
+        for episode, before in zip(self._start(saved.task, saved.step).episodes, saved.episodes, strict=True):
+            if before.trajectory is not None:
+                episode.trajectory = before.trajectory
+                continue
+            request = episode.advance(None)
+            for completion in before.completions:
+                if request is None or request.request_id != completion.request_id:
+                    raise ValueError(
+                        f"Replay of {completion.request_id} went another way: the environment has changed."
+                    )
+                request = episode.advance(completion)
+            if request is None:
+                raise ValueError(f"Replay ended an episode of {saved.task.task_id} early: the environment has changed.")
+            self._waiting[request.request_id] = episode
+
+    def _submit(self, episodes_and_requests: Sequence[tuple[_LiveEpisode, GenerateRequest | None]]) -> None:
+        requests = []
+        for episode, request in episodes_and_requests:
+            if request is not None:
+                self._waiting[request.request_id] = episode
+                requests.append(request)
+        if requests:
+            self._engine.submit(requests)
+
+
+class _LiveEpisode:
+    """A generator with the completions it was sent."""
+
+    def __init__(self, play: Episode) -> None:
+        self._play = play
+        self._completions: list[Completion] = []
+        self.trajectory: Trajectory | None = None
+
+    def advance(self, completion: Completion | None) -> GenerateRequest | None:
+        """Start (None) or go on; gives the next request, or None once there is a trajectory."""
+        try:
+            if completion is None:
+                return next(self._play)
+            self._completions.append(completion)
+            return self._play.send(completion)
+        except StopIteration as stop:
+            self.trajectory = stop.value
+            return None
+
+    def state(self) -> EpisodeState:
+        if self.trajectory is not None:
+            return EpisodeState(trajectory=self.trajectory)
+        return EpisodeState(completions=tuple(self._completions))
+
+
+class _LiveGroup:
+    """The episodes of one task that are in flight or wait for their siblings."""
+
+    def __init__(self, task: Task, step: int) -> None:
+        self.task = task
+        self.step = step
+        self.group_id = ""
+        self.episodes: list[_LiveEpisode] = []
+
+    @property
+    def is_done(self) -> bool:
+        return all(episode.trajectory is not None for episode in self.episodes)
+
+    def finished(self) -> Group:
+        trajectories = tuple(episode.trajectory for episode in self.episodes if episode.trajectory is not None)
+        return Group(group_id=self.group_id, task=self.task, trajectories=trajectories)
+
+    def state(self) -> GroupState:
+        return GroupState(task=self.task, step=self.step, episodes=tuple(e.state() for e in self.episodes))
