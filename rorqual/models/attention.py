@@ -1,9 +1,10 @@
 """Attention: grouped-query (GQA) and multi-head latent (MLA), on packed tokens and against a cache.
 
 Both kinds offer the same two calls. `forward(x_TD, rotation, layout)` serves training: packed tokens, no cache.
-`forward_cached(x_RQD, rotation, columns, layout)` serves generation: it writes the new tokens to the cache and attends to all.
-MLA decodes in its absorbed form: the up-projections move onto the query and the output, so that all heads read one latent a
-token (multi-query attention over kv_lora_rank + rope dimensions; DeepSeek-V2, arXiv 2405.04434, section 2.1).
+`forward_cached(x_RQD, rotation, columns, layout)` serves generation: it writes the new tokens to the cache and
+attends to all. MLA decodes in its absorbed form: the up-projections move onto the query and the output, so that all
+heads read one latent a token (multi-query attention over kv_lora_rank + rope dimensions; DeepSeek-V2, arXiv
+2405.04434, section 2.1).
 
 Shapes: T packed tokens, R rows, Q queries a row, K keys a row, D hidden, H heads, G key-value heads, E head dimension,
 N no-position dimension, P rotary dimension, V value dimension, L latent rank.
@@ -156,9 +157,8 @@ def _mla(config: ModelConfig) -> MLAConfig:
 def attend_packed(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """Softmax attention block by block; returns [T, H*V] in packed order."""
     outputs = [_attend_block(q_THE, k_TGE, v_TGV, block, scale) for block in layout.blocks]
-    if layout.gather_T is None:
-        return outputs[0]
-    return torch.cat(outputs).index_select(0, layout.gather_T)
+    flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return flat if layout.gather_T is None else flat.index_select(0, layout.gather_T)
 
 
 def _attend_block(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, block: AttentionBlock, scale: float) -> Tensor:

@@ -1,8 +1,9 @@
 """Which packed tokens attend to which.
 
-A batch is one flat row of T tokens: projections, MLPs and experts never see padding. Attention alone needs to know where
-sequences begin, and it reads that from a PackedLayout: a few blocks of rows, each row a run of queries with its keys.
-A prompt that a group shares is packed once; each completion is a row whose keys are the prompt's tokens, then its own.
+A batch is one flat row of T tokens: projections, MLPs and experts never see padding. Attention alone needs to know
+where sequences begin, and it reads that from a PackedLayout: a few blocks of rows, each row a run of queries with its
+keys. A prompt that a group shares is packed once; each completion is a row whose keys are the prompt's tokens, then
+its own.
 
 Shapes: T packed tokens, R rows of a block, Q queries a row, K keys a row.
 """
@@ -21,8 +22,8 @@ class AttentionBlock:
     """Rows of similar length. Query i of a row sees its keys up to index `K - Q + i` (causal, aligned at the end).
 
     query_index_RQ and key_index_RK point into the packed tokens. Padding points at token 0 and is switched off by
-    `query_valid_RQ` and `key_valid_RK`; both are None where nothing is padded. Queries are padded at the end and keys in
-    front of the queries' own (between a short prefix and the run), or at the end with the queries.
+    `query_valid_RQ` and `key_valid_RK`; both are None where nothing is padded. Queries are padded at the end and keys
+    in front of the queries' own (between a short prefix and the run), or at the end with the queries.
     """
 
     query_index_RQ: Tensor
@@ -45,8 +46,8 @@ class AttentionBlock:
 class PackedLayout:
     """positions_T: rotary position of each packed token. blocks: together they cover every token once as a query.
 
-    gather_T: where each packed token's output stands in the blocks' outputs, laid flat one after another; None where the one
-    block is already in packed order.
+    gather_T: where each packed token's output stands in the blocks' outputs, laid flat one after another; None where
+    they already are in packed order.
     """
 
     positions_T: Tensor
@@ -64,8 +65,11 @@ class Run:
     prefix_length: int = 0
 
 
-def layout_from_runs(runs: Sequence[Run], device: torch.device | None = None, padding_limit: float = 1.25) -> PackedLayout:
-    """Group runs of like shape into blocks, each padded to at most `padding_limit` times its shortest run.
+def layout_from_runs(
+    runs: Sequence[Run], device: torch.device | None = None, padding_limit: float = 1.25
+) -> PackedLayout:
+    """Group runs of like shape into blocks, its queries padded to at most `padding_limit` times its
+    shortest run plus 8.
 
     Raises: ValueError for an empty run or none at all.
     """
