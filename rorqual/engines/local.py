@@ -2,8 +2,8 @@
 
 In: GenerateRequests. Out: Completions with behaviour log-probs, kept-token sets, expert routes and the weight version.
 Each `step` admits what fits, advances prefills by one chunk, and draws one token for every sequence that decodes.
-A prompt that several requests share is prefilled once, and a prompt that continues what a slot still holds (the next turn of a
-conversation) is prefilled from where they part.
+A prompt that several requests share is prefilled once, and a prompt that continues what a slot still holds (the next
+turn of a conversation) is prefilled from where they part.
 
 Shapes: R rows, Q queries a row, D hidden, V vocabulary.
 """
@@ -28,8 +28,8 @@ INITIAL_CAPACITY = 128
 
 
 class EngineConfig(Record):
-    """num_slots: sequences in the cache at once, ended ones kept for reuse included. prefill_chunk_tokens: most prompt tokens,
-    padding included, that one step feeds. context_window: 0 takes the model's."""
+    """num_slots: sequences in the cache at once, ended ones kept for reuse included. prefill_chunk_tokens: most
+    prompt tokens, padding included, that one step feeds. context_window: 0 takes the model's."""
 
     num_slots: int = 64
     prefill_chunk_tokens: int = 8192
@@ -39,11 +39,11 @@ class EngineConfig(Record):
 class LocalEngine:
     """Implements `contracts.Engine` on a Decoder that it only reads."""
 
-    def __init__(self, model: Decoder, config: EngineConfig = EngineConfig(), weight_version: int = 0) -> None:
-        self.model, self.config = model, config
+    def __init__(self, model: Decoder, config: EngineConfig | None = None, weight_version: int = 0) -> None:
+        self.model, self.config = model, config or EngineConfig()
         self.weight_version = weight_version
-        self.context_window = config.context_window or model.config.context_window
-        self.table = SlotTable(model, config.num_slots, min(INITIAL_CAPACITY, self.context_window))
+        self.context_window = self.config.context_window or model.config.context_window
+        self.table = SlotTable(model, self.config.num_slots, min(INITIAL_CAPACITY, self.context_window))
         self.queue: deque[GenerateRequest] = deque()
         self.num_decoding = 0
         self.num_steps = 0
@@ -55,8 +55,8 @@ class LocalEngine:
         return len(self.queue) + sum(request is not None for request in self.table.requests)
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
-        """Queue requests. Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then none
-        of the requests is queued."""
+        """Queue requests. Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then
+        none of the requests is queued."""
         in_flight = {r.request_id for r in (*self.queue, *self.table.requests) if r is not None}
         for request in requests:
             self._check(request, in_flight)
@@ -86,7 +86,9 @@ class LocalEngine:
         Raises: ValueError while requests are in flight, since one completion would then come from two policies.
         """
         if self.num_unfinished:
-            raise ValueError(f"{self.num_unfinished} requests are in flight; let them end before new weights are loaded.")
+            raise ValueError(
+                f"{self.num_unfinished} requests are in flight; let them end before new weights are loaded."
+            )
         if source is not self.model:
             self.model.load_state_dict(source.state_dict())
         self.weight_version = version
@@ -118,15 +120,18 @@ class LocalEngine:
             raise ValueError(f"Request {name!r} has an empty prompt; give it at least the begin-of-sentence token.")
         if length >= self.context_window:
             raise ValueError(
-                f"Request {name!r} has a prompt of {length} tokens, and the window holds {self.context_window}, the answer "
-                "included. Shorten the prompt or raise engine.context_window."
+                f"Request {name!r} has a prompt of {length} tokens, and the window holds {self.context_window}, the "
+                "answer included. Shorten the prompt or raise engine.context_window."
             )
         out_of_range = [t for t in request.prompt_ids if not 0 <= t < self.model.config.vocab_size]
         if out_of_range:
-            raise ValueError(f"Request {name!r} holds token {out_of_range[0]}; the vocabulary has {self.model.config.vocab_size}.")
+            raise ValueError(
+                f"Request {name!r} holds token {out_of_range[0]}; the vocabulary has {self.model.config.vocab_size}."
+            )
 
     def _admit(self) -> None:
-        """Give free slots to queued requests. One whose prompt is being prefilled right now waits, and then shares it."""
+        """Give free slots to queued requests. One whose prompt is being prefilled right now waits, and then shares
+        it."""
         pending = {
             bytes(r.prompt_ids)
             for slot, r in enumerate(self.table.requests)
@@ -178,7 +183,8 @@ class LocalEngine:
         return True
 
     def _prefill(self) -> list[Completion]:
-        """Feed one chunk of prompts; then draw the first token of all that are complete, and of those that share them."""
+        """Feed one chunk of prompts; then draw the first token of all that are complete, and of those that share
+        them."""
         table = self.table
         slots = [s for s in range(self.num_decoding, table.num_slots) if table.requests[s] is not None]
         unfed = sorted((s for s in slots if table.cached[s] < table.prompt_length[s]), key=self._missing)
@@ -246,7 +252,9 @@ class LocalEngine:
         table.length[rows] += 1
         if len(draws.kept_ids_N):
             ends = np.cumsum(draws.kept_count_R.cpu().numpy())
-            for slot, ids in zip(slots, np.split(draws.kept_ids_N.to(torch.int32).cpu().numpy(), ends[:-1]), strict=True):
+            for slot, ids in zip(
+                slots, np.split(draws.kept_ids_N.to(torch.int32).cpu().numpy(), ends[:-1]), strict=True
+            ):
                 table.kept[slot].append(ids)
         stops = [int(token) in p.stop_token_ids for token, p in zip(tokens_R, params, strict=True)]
         drawn = table.length[rows] - table.prompt_length[rows]
@@ -255,7 +263,8 @@ class LocalEngine:
         return [self._retire(slot, "stop" if stop else "length") for slot, stop in reversed(ended)][::-1]
 
     def _retire(self, slot: int, finish_reason: str) -> Completion:
-        """Hand out the completion of a decoding slot and leave its tokens behind for reuse. Called from the last slot down."""
+        """Hand out the completion of a decoding slot and leave its tokens behind for reuse. Called from the last slot
+        down."""
         completion = self.table.completion(slot, finish_reason, self.weight_version)
         self.table.requests[slot] = None
         self.table.last_used[slot] = self.num_steps

@@ -1,11 +1,11 @@
 """Drawing tokens: temperature, top-k, top-p, min-p, and the record of what could have been drawn.
 
-In: logits and one SamplingParams a row. Out: the token, its log-prob under the very distribution it was drawn from, that
-distribution's entropy, the mass that truncation kept, and the kept ids: what "keep sampling mask" replays in training
-(DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
+In: logits and one SamplingParams a row. Out: the token, its log-prob under the very distribution it was drawn from,
+that distribution's entropy, the mass that truncation kept, and the kept ids: what "keep sampling mask" replays in
+training (DeepSeek-V3.2, arXiv 2512.02556, section 3.1).
 
-A draw is the inverse of the cumulative distribution, in ascending token order, at a number that depends only on the request's
-seed and on how many tokens it has drawn: it does not depend on which requests share the batch.
+A draw is the inverse of the cumulative distribution, in ascending token order, at a number that depends only on the
+request's seed and on how many tokens it has drawn: it does not depend on which requests share the batch.
 
 Shapes: R rows, V vocabulary, W candidates of a row (the most probable ones), N kept ids in all rows.
 """
@@ -30,7 +30,8 @@ CHUNK = 256
 
 @dataclass(frozen=True)
 class Draws:
-    """One drawn token a row. kept_ids_N lists the support of each row in turn, `kept_count_R` ids each; 0 means the whole."""
+    """One drawn token a row. kept_ids_N lists the support of each row in turn, `kept_count_R` ids each; 0 means the
+    whole."""
 
     token_R: Tensor
     logprob_R: Tensor
@@ -84,7 +85,8 @@ def _draw_greedy(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R:
 
 
 def _draw_whole(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
-    """Few passes over [R, V]: shift by the maximum, exponentiate, sum by chunks; nothing is normalised but what is asked."""
+    """Few passes over [R, V]: shift by the maximum, exponentiate, sum by chunks; nothing is normalised but what is
+    asked."""
     shifted_RV = _tempered(logits_RV, params)
     shifted_RV = shifted_RV - shifted_RV.amax(dim=-1, keepdim=True)
     _refuse_nan(shifted_RV[:, :1])
@@ -167,12 +169,15 @@ def _keep(probs_RW: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 def _tempered(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     if all(p.temperature == 1.0 for p in params):
         return logits_RV
-    temperature_R1 = torch.tensor([p.temperature for p in params], device=logits_RV.device, dtype=logits_RV.dtype)[:, None]
+    temperature_R1 = torch.tensor([p.temperature for p in params], device=logits_RV.device, dtype=logits_RV.dtype)[
+        :, None
+    ]
     return logits_RV / temperature_R1
 
 
 def _invert(weights_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
-    """First index at which the cumulative weight passes `uniform * total`, by chunks, then inside one; and the total."""
+    """First index at which the cumulative weight passes `uniform * total`, by chunks, then inside one; and the
+    total."""
     num_rows, vocabulary = weights_RV.shape
     padding = -vocabulary % CHUNK
     if padding:
@@ -194,19 +199,21 @@ def _merge(parts: list[tuple[list[int], Draws]], num_rows: int) -> Draws:
     order = torch.tensor([row for rows, _ in parts for row in rows])
     place = torch.empty_like(order)
     place[order] = torch.arange(num_rows)
-    columns = [torch.cat([getattr(d, name) for _, d in parts])[place] for name in _ROW_COLUMNS]
     supports = [ids for _, d in parts for ids in d.kept_ids_N.split(d.kept_count_R.tolist())]
-    kept_ids = torch.cat([supports[i] for i in place.tolist()])
-    return Draws(*columns[:4], kept_ids, columns[4])
-
-
-_ROW_COLUMNS = ("token_R", "logprob_R", "entropy_R", "kept_mass_R", "kept_count_R")
+    return Draws(
+        token_R=torch.cat([d.token_R for _, d in parts])[place],
+        logprob_R=torch.cat([d.logprob_R for _, d in parts])[place],
+        entropy_R=torch.cat([d.entropy_R for _, d in parts])[place],
+        kept_mass_R=torch.cat([d.kept_mass_R for _, d in parts])[place],
+        kept_ids_N=torch.cat([supports[i] for i in place.tolist()]),
+        kept_count_R=torch.cat([d.kept_count_R for _, d in parts])[place],
+    )
 
 
 def _refuse_nan(values: Tensor) -> None:
     bad = values.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"The model's logits are NaN in {len(bad)} of {len(values)} rows (first: row {bad[0]}). The weights are damaged or "
-            "diverged: go back to an earlier checkpoint, or lower the learning rate."
+            f"The model's logits are NaN in {len(bad)} of {len(values)} rows (first: row {bad[0]}). The weights are "
+            "damaged or diverged: go back to an earlier checkpoint, or lower the learning rate."
         )

@@ -1,7 +1,8 @@
 """The slot table: what the engine knows of each sequence that occupies a row of the cache.
 
-Slots [0, num_decoding) decode, one token a step, and are kept together so that the cache is read in place. The others hold a
-prompt being prefilled, or what is left of an ended request, whose tokens a later prompt may reuse (`longest_prefix`), or nothing.
+Slots [0, num_decoding) decode, one token a step, and are kept together so that the cache is read in place. The others
+hold a prompt being prefilled, or what is left of an ended request, whose tokens a later prompt may reuse
+(`longest_prefix`), or nothing.
 
 Shapes: S slots, C capacity in tokens, D hidden, L mixture-of-experts layers, K experts a token.
 """
@@ -27,9 +28,9 @@ SLOT_COLUMNS = ("length", "cached", "prompt_length", "last_used")
 class SlotTable:
     """Per-slot columns, moved and copied together with the cache rows that they describe.
 
-    tokens [S, C]: prompt, then drawn tokens; length: how many are known; cached: how many the cache holds; prompt_length: how
-    many came with the request; last_used: step of the last use, for eviction; prompt_hidden [S, D]: hidden state after the last
-    prompt token; routes [S, C, L*K]; kept: one array of ids for each drawn token.
+    tokens [S, C]: prompt, then drawn tokens; length: how many are known; cached: how many the cache holds;
+    prompt_length: how many came with the request; last_used: step of the last use, for eviction; prompt_hidden [S,
+    D]: hidden state after the last prompt token; routes [S, C, L*K]; kept: one array of ids for each drawn token.
     """
 
     def __init__(self, model: Decoder, num_slots: int, capacity: int) -> None:
@@ -169,7 +170,8 @@ class SlotTable:
         """Raises: ValueError when the state is of another number of slots."""
         if len(state["requests"]) != self.num_slots:
             raise ValueError(
-                f"The saved engine has {len(state['requests'])} slots, this one {self.num_slots}; set engine.num_slots back."
+                f"The saved engine has {len(state['requests'])} slots, this one {self.num_slots}; "
+                "set engine.num_slots back."
             )
         width = state["tokens"].shape[1]
         self.grow(width)
@@ -190,4 +192,6 @@ class SlotTable:
 
 def _pack_kept(kept: list[np.ndarray]) -> KeptTokens:
     offsets = np.cumsum([0, *(len(ids) for ids in kept)], dtype=np.int64)
-    return KeptTokens(offsets=array("q", offsets.tobytes()), ids=array("i", np.concatenate(kept).astype(np.int32).tobytes()))
+    return KeptTokens(
+        offsets=array("q", offsets.tobytes()), ids=array("i", np.concatenate(kept).astype(np.int32).tobytes())
+    )

@@ -1,7 +1,7 @@
 """The key-value cache: one row of tokens a slot, for every layer.
 
-Each attention kind says what it keeps for a token (`widths`): keys and values for grouped-query attention, the latent and the
-rotated key for MLA. The cache stores those columns flat, so that one `index_copy_` writes any set of tokens.
+Each attention kind says what it keeps for a token (`widths`): keys and values for grouped-query attention, the latent
+and the rotated key for MLA. The cache stores those columns flat, so that one `index_copy_` writes any set of tokens.
 
 Shapes: S slots, C capacity in tokens, R rows in a call, Q queries a row, K keys visible, W width of a column.
 """
@@ -17,9 +17,7 @@ from torch import Tensor
 class KVCache:
     """`columns[layer][i]` is [S, C, W_i]. Which tokens of a slot are valid is the caller's to know."""
 
-    def __init__(
-        self, num_layers: int, widths: tuple[int, ...], num_slots: int, capacity: int, like: Tensor
-    ) -> None:
+    def __init__(self, num_layers: int, widths: tuple[int, ...], num_slots: int, capacity: int, like: Tensor) -> None:
         self.num_slots, self.capacity = num_slots, capacity
         self.columns = [
             [torch.zeros(num_slots, capacity, width, dtype=like.dtype, device=like.device) for width in widths]
@@ -76,8 +74,8 @@ class CachedLayout:
 def cached_layout(slots: range | list[int], starts_R: Tensor, num_queries: int, cache: KVCache) -> CachedLayout:
     """`num_queries` new tokens for each slot, after the `starts_R` tokens (int64, on the cache's device) it holds.
 
-    A row may hold fewer real tokens than `num_queries`; what is written past them is seen by nothing and overwritten by the
-    tokens that follow. Raises: ValueError when a row would pass the capacity.
+    A row may hold fewer real tokens than `num_queries`; what is written past them is seen by nothing and overwritten
+    by the tokens that follow. Raises: ValueError when a row would pass the capacity.
     """
     num_keys = int(starts_R.max()) + num_queries
     if num_keys > cache.capacity:

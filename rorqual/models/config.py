@@ -44,8 +44,9 @@ class MLAConfig(Record):
 class MoEConfig(Record):
     """Mixture of experts: DeepSeekMoE with a sigmoid gate (arXiv 2412.19437), or Qwen's softmax gate.
 
-    dense_layers: indices of layers that keep a plain MLP. num_groups and groups_per_token limit the choice to the best groups.
-    balance_rate: step by which the selection bias of each expert moves against its load, per optimiser step.
+    dense_layers: indices of layers that keep a plain MLP. num_groups and groups_per_token limit the choice to the
+    best groups. balance_rate: step by which the selection bias of each expert moves against its load, per optimiser
+    step.
     """
 
     num_experts: int
@@ -114,6 +115,6 @@ def _check_experts(moe: MoEConfig) -> None:
     reachable = moe.groups_per_token * (moe.num_experts // moe.num_groups)
     if not 1 <= moe.experts_per_token <= reachable:
         raise ValueError(
-            f"MoEConfig.experts_per_token = {moe.experts_per_token} is out of range: {moe.groups_per_token} groups hold "
-            f"{reachable} experts."
+            f"MoEConfig.experts_per_token = {moe.experts_per_token} is out of range: {moe.groups_per_token} groups "
+            f"hold {reachable} experts."
         )

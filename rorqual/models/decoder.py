@@ -1,15 +1,17 @@
 """The decoder: one transformer for every family in ModelConfig.
 
 In: packed token ids and a PackedLayout (training), or rows of new tokens and a cache (generation).
-Out: hidden states after the last norm, and the experts that each token visited. Logits are left to the caller: training takes
-log-probs of chosen tokens without ever holding [T, vocabulary].
+Out: hidden states after the last norm, and the experts that each token visited. Logits are left to the caller:
+training takes log-probs of chosen tokens without ever holding [T, vocabulary].
 
-Shapes: T packed tokens, R rows, Q queries a row, D hidden, V vocabulary, L mixture-of-experts layers, K experts a token.
+Shapes: T packed tokens, R rows, Q queries a row, D hidden, V vocabulary, L mixture-of-experts layers, K experts a
+token.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +103,7 @@ class Decoder(nn.Module):
         rotation = self.rope(layout.positions_RQ, x_RQD.dtype)
         chosen: list[Tensor] = []
         for block, columns in zip(self.layers, cache.columns, strict=True):
-            x_RQD, experts = block.forward_cached(x_RQD, rotation, columns, layout)
+            x_RQD, experts = cast(Block, block).forward_cached(x_RQD, rotation, columns, layout)
             if experts is not None:
                 chosen.append(experts)
         return DecoderOutput(self.norm(x_RQD), torch.stack(chosen, dim=1) if chosen else None)
@@ -118,7 +120,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
-        """Normal weights of standard deviation `initializer_range`, smaller where a block writes to the residual stream."""
+        """Normal weights of standard deviation `initializer_range`, smaller where a block writes to the residual
+        stream."""
         depth_scale = (2 * self.config.num_layers) ** -0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:

@@ -1,7 +1,8 @@
 """Feed-forward layers: the gated MLP, and the mixture of experts with its router.
 
-The router's choice can be recorded and forced ("keep routing", DeepSeek-V3.2, arXiv 2512.02556, section 3.1): the experts are
-then given, and their weights still come from the current router scores, so that the gradient reaches the router.
+The router's choice can be recorded and forced ("keep routing", DeepSeek-V3.2, arXiv 2512.02556, section 3.1): the
+experts are then given, and their weights still come from the current router scores, so that the gradient reaches the
+router.
 
 Shapes: T tokens, D hidden, X experts, K experts a token, I expert width.
 """
@@ -67,7 +68,8 @@ class Router(ExactBuffers):
         return torch.where(free_T1, self._top_experts(scores_TX), forced_TK) if bool(free_T1.any()) else forced_TK
 
     def _top_experts(self, scores_TX: Tensor) -> Tensor:
-        """Group-limited top-k (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): a group counts by its two best experts."""
+        """Group-limited top-k (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): a group counts by its two best
+        experts."""
         moe = self.config
         if self.e_score_correction_bias is not None:
             scores_TX = scores_TX + self.e_score_correction_bias

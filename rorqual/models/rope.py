@@ -1,8 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) with the scalings that long-context checkpoints use.
 
 In: RopeConfig and integer positions. Out: cosines and sines that `rotate` applies to queries and keys.
-Rotated vectors always come out in the half-split order, also from interleaved input: queries and keys are permuted alike, so
-their products are unchanged.
+Rotated vectors always come out in the half-split order, also from interleaved input: queries and keys are permuted
+alike, so their products are unchanged.
 
 Shapes: P any shape of positions, H heads, E rotary dimension.
 """
@@ -61,7 +61,8 @@ class Rope(ExactBuffers):
 
 
 def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
-    """YaRN's attention temperature (arXiv 2309.00071, eq. 22): 0.1 * mscale * ln(factor) + 1, or 1 without extension."""
+    """YaRN's attention temperature (arXiv 2309.00071, eq. 22): 0.1 * mscale * ln(factor) + 1, or 1 without
+    extension."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 
@@ -93,7 +94,8 @@ def _llama3(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
 
 
 def _yarn(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
-    """YaRN, NTK by parts: dimensions that turn more than beta_fast times keep their frequency, under beta_slow none do."""
+    """YaRN, NTK by parts: dimensions that turn more than beta_fast times keep their frequency, under beta_slow none
+    do."""
     frequency, _ = _plain(config, dim)
 
     def dimension_of(rotations: float) -> float:

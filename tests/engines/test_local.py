@@ -1,0 +1,215 @@
+"""The local engine against the packed forward pass, against itself under other schedules, and interrupted."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+import torch
+
+from rorqual.engines.local import EngineConfig, LocalEngine
+from rorqual.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from rorqual.models.decoder import Decoder
+from rorqual.models.layout import causal_layout
+from rorqual.records import Completion, GenerateRequest, SamplingParams
+
+VOCABULARY = 50
+
+
+def tiny_model(kind: str = "mla", dtype: torch.dtype = torch.float64) -> Decoder:
+    mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=12)
+    moe = MoEConfig(
+        num_experts=8,
+        experts_per_token=2,
+        expert_intermediate_size=16,
+        num_shared_experts=1,
+        num_groups=4,
+        groups_per_token=2,
+        dense_layers=(0,),
+    )
+    config = ModelConfig(
+        family="deepseek_v3" if kind == "mla" else "qwen3",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=3,
+        num_heads=4,
+        num_kv_heads=4 if kind == "mla" else 2,
+        head_dim=8,
+        context_window=64,
+        rope=RopeConfig(interleaved=kind == "mla"),
+        mla=mla if kind == "mla" else None,
+        moe=moe if kind == "mla" else None,
+        qk_norm=kind != "mla",
+        initializer_range=0.3,
+    )
+    model = Decoder(config).to(dtype).eval()
+    model.initialize(torch.Generator().manual_seed(1))
+    return model
+
+
+def request(name: str, prompt: list[int], **params: Any) -> GenerateRequest:
+    defaults = {"max_new_tokens": 12, "stop_token_ids": (3,), "top_p": 0.9}
+    return GenerateRequest(
+        request_id=name, prompt_ids=array("i", prompt), params=SamplingParams(**{**defaults, **params})
+    )
+
+
+def mixed_requests(group_size: int = 4) -> list[GenerateRequest]:
+    """Six prompts of lengths 1 to 20, each asked for by a group, under four kinds of sampling."""
+    generator = torch.Generator().manual_seed(3)
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"top_p": 1.0},
+        {"temperature": 0.0},
+        {"top_k": 5, "min_p": 0.01, "temperature": 1.3},
+    ]
+    requests = []
+    for group, length in enumerate([1, 20, 7, 7, 13, 2]):
+        prompt = torch.randint(4, VOCABULARY, (length,), generator=generator).tolist()
+        for member in range(group_size):
+            requests.append(request(f"{group}.{member}", prompt, seed=100 * group + member, **kinds[member % 4]))
+    return requests
+
+
+def generate(model: Decoder, requests: list[GenerateRequest], **config: int) -> list[Completion]:
+    return LocalEngine(model, EngineConfig(**config)).generate(requests)
+
+
+def assert_alike(first: Completion, second: Completion) -> None:
+    assert first.token_ids == second.token_ids
+    assert first.kept == second.kept
+    assert first.routes == second.routes
+    assert first.finish_reason == second.finish_reason
+    assert list(first.logprobs) == pytest.approx(list(second.logprobs), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize(("num_slots", "chunk"), [(1, 3), (3, 5), (8, 100), (24, 8192)])
+def test_what_is_drawn_does_not_depend_on_the_schedule(kind: str, num_slots: int, chunk: int) -> None:
+    model = tiny_model(kind)
+    requests = mixed_requests()
+    alone = [generate(model, [r], num_slots=1)[0] for r in requests]
+    together = generate(model, requests, num_slots=num_slots, prefill_chunk_tokens=chunk)
+    for first, second in zip(alone, together, strict=True):
+        assert_alike(first, second)
+
+
+@pytest.mark.parametrize("kind", ["mla", "gqa"])
+def test_records_equal_the_packed_forward_pass(kind: str) -> None:
+    """Log-probs over the kept set, entropies, kept mass and routes, recomputed by one uncached pass."""
+    model = tiny_model(kind)
+    requests = mixed_requests()
+    for r, completion in zip(requests, generate(model, requests, num_slots=5, prefill_chunk_tokens=9), strict=True):
+        context = torch.tensor([*r.prompt_ids, *completion.token_ids])[:-1]
+        with torch.no_grad():
+            output = model(context, causal_layout([len(context)]))
+            logits = model.logits(output.hidden)[len(r.prompt_ids) - 1 :]
+        assert completion.routes is None or completion.routes.experts == array("h", output.routes.flatten().tolist())
+        for place, token in enumerate(completion.token_ids):
+            if r.params.temperature == 0.0:
+                assert token == int(logits[place].argmax()) and completion.logprobs[place] == 0.0
+                continue
+            logprobs = (logits[place] / r.params.temperature).log_softmax(-1)
+            kept = list(range(VOCABULARY))
+            if completion.kept is not None:
+                kept = list(completion.kept.ids[completion.kept.offsets[place] : completion.kept.offsets[place + 1]])
+            within = logprobs[kept].log_softmax(-1)
+            assert completion.logprobs[place] == pytest.approx(float(within[kept.index(token)]), abs=1e-5)
+            assert completion.kept_mass[place] == pytest.approx(float(logprobs[kept].exp().sum()), abs=1e-5)
+            assert completion.entropies[place] == pytest.approx(float(-(within.exp() * within).sum()), abs=1e-5)
+
+
+def test_a_shared_prompt_is_prefilled_once() -> None:
+    model = tiny_model()
+    engine = LocalEngine(model, EngineConfig(num_slots=16))
+    fed = count_fed_tokens(engine)
+    engine.generate([request(str(i), list(range(4, 24)), seed=i, max_new_tokens=1) for i in range(16)])
+    assert sum(fed) == 20
+
+
+def test_a_later_turn_reuses_the_cached_prefix() -> None:
+    model = tiny_model()
+    engine = LocalEngine(model, EngineConfig(num_slots=4))
+    first = engine.generate([request("turn 1", list(range(4, 20)), seed=1, max_new_tokens=6, stop_token_ids=())])[0]
+    second_prompt = [*range(4, 20), *first.token_ids, 30, 31, 32]
+    fed = count_fed_tokens(engine)
+    second = engine.generate([request("turn 2", second_prompt, seed=2, max_new_tokens=1)])[0]
+    assert sum(fed) == 4  # the last token drawn was never fed; then the three new ones
+    assert_alike(second, generate(model, [request("turn 2", second_prompt, seed=2, max_new_tokens=1)])[0])
+
+
+def count_fed_tokens(engine: LocalEngine) -> list[int]:
+    fed: list[int] = []
+    forward_cached = engine.model.forward_cached
+
+    def counting(token_ids_RQ: torch.Tensor, *arguments: Any) -> Any:
+        fed.append(token_ids_RQ.numel())
+        return forward_cached(token_ids_RQ, *arguments)
+
+    engine.model.forward_cached = counting  # type: ignore[method-assign]
+    return fed
+
+
+@pytest.mark.parametrize("num_slots", [2, 7])
+def test_interrupted_at_any_step_and_resumed_is_the_same(num_slots: int) -> None:
+    model = tiny_model(dtype=torch.float32)
+    config = EngineConfig(num_slots=num_slots, prefill_chunk_tokens=16)
+    uninterrupted = LocalEngine(model, config)
+    uninterrupted.submit(mixed_requests())
+    states, history = [], []
+    while uninterrupted.num_unfinished:
+        states.append(uninterrupted.state_dict())
+        history.append(uninterrupted.step())
+    for cut in range(0, len(states), 5):
+        resumed = LocalEngine(model, config)
+        resumed.load_state_dict(states[cut])
+        assert [resumed.step() for _ in history[cut:]] == history[cut:]
+        assert not resumed.num_unfinished
+
+
+def test_new_weights_forget_the_cache_and_carry_a_version() -> None:
+    model, other = tiny_model(), tiny_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    engine = LocalEngine(model, EngineConfig(num_slots=2))
+    ask = request("a", [5, 6, 7, 8], seed=4)
+    before = engine.generate([ask])[0]
+    engine.load_weights(other, version=7)
+    after = engine.generate([ask])[0]
+    assert (before.weight_version, after.weight_version) == (0, 7)
+    assert_alike(after, generate(other, [ask])[0])
+    assert list(after.logprobs) != list(before.logprobs)
+
+
+def test_new_weights_are_refused_while_requests_are_in_flight() -> None:
+    engine = LocalEngine(tiny_model())
+    engine.submit([request("a", [5])])
+    with pytest.raises(ValueError, match="1 requests are in flight"):
+        engine.load_weights(tiny_model(), version=1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "empty prompt"), (list(range(4, 50)) * 2, "prompt of 92 tokens.*window holds 64"), ([4, 99], "token 99")],
+)
+def test_bad_prompts_are_refused_and_nothing_is_queued(prompt: list[int], message: str) -> None:
+    engine = LocalEngine(tiny_model())
+    with pytest.raises(ValueError, match=message):
+        engine.submit([request("good", [5]), request("bad", prompt)])
+    assert engine.num_unfinished == 0
+
+
+def test_an_id_in_flight_is_refused() -> None:
+    engine = LocalEngine(tiny_model())
+    engine.submit([request("a", [5])])
+    with pytest.raises(ValueError, match="'a' is already in flight"):
+        engine.submit([request("a", [6])])
+
+
+def test_the_window_ends_a_completion() -> None:
+    completion = generate(tiny_model(), [request("a", [5] * 60, max_new_tokens=50, stop_token_ids=())])[0]
+    assert completion.finish_reason == "length"
+    assert len(completion.token_ids) == 4
