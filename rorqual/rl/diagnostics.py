@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rorqual.records import Trajectory
+
 RATIO_QUANTILES = {"min": 0.0, "p01": 0.01, "p50": 0.5, "p99": 0.99, "max": 1.0}
 
 SIGNS = ("positive", "negative")
@@ -120,6 +122,19 @@ def diagnose(
         maxima={"mismatch/max": largest},
         log_ratio_N=parts.log_ratio_N.detach(),
     )
+
+
+def sampling_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Means over the sampled tokens of a step: the sampler's entropy in nats, and the mass that its truncation kept."""
+    segments = [segment for trajectory in trajectories for segment in trajectory.segments]
+    num_sampled = sum(segment.num_sampled for segment in segments)
+    if not num_sampled:
+        return {}
+    return {
+        "sampling/entropy": math.fsum(math.fsum(segment.entropies) for segment in segments) / num_sampled,
+        "sampling/kept_mass": math.fsum(each.kept_mass * each.num_sampled for each in segments) / num_sampled,
+        "sampling/num_tokens": float(num_sampled),
+    }
 
 
 def _by_sign(values: Tensor) -> tuple[Tensor, Tensor]:

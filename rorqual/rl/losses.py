@@ -73,6 +73,13 @@ class LossScale:
     num_sequences: int
     num_tokens: int
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for a step without sequences or tokens: there is nothing to take the mean of."""
+        if self.num_sequences < 1 or self.num_tokens < 1:
+            raise ValueError(
+                f"the step has {self.num_sequences} sequences and {self.num_tokens} tokens; skip a step that has none."
+            )
+
 
 def policy_loss(tokens: PolicyTokens, config: ObjectiveConfig, scale: LossScale) -> tuple[Tensor, Diagnostics]:
     """Minus the objective of DeepSeek-V3.2 (arXiv 2512.02556, eq. 5, 7-9), for the tokens of one micro-batch.
@@ -155,7 +162,7 @@ def _importance_weight(tokens: PolicyTokens, config: ObjectiveConfig) -> Tensor 
     if config.importance_cap is None:
         return None
     proximal_N = _denominator(tokens, "proximal")
-    return (proximal_N - tokens.behaviour_N).exp().clamp(max=config.importance_cap).detach()
+    return (proximal_N - tokens.behaviour_N).exp().clamp(max=config.importance_cap)
 
 
 def _kl(tokens: PolicyTokens, config: ObjectiveConfig) -> Tensor | None:

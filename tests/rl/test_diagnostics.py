@@ -1,11 +1,13 @@
 """The diagnostics against figures worked out by hand."""
 
 import math
+from array import array
 
 import pytest
 import torch
 
-from rorqual.rl.diagnostics import Diagnostics, merge
+from rorqual.records import Evidence, Segment, Trajectory
+from rorqual.rl.diagnostics import Diagnostics, merge, sampling_metrics
 from rorqual.rl.losses import LossScale, PolicyTokens, policy_loss
 from rorqual.rl.objective import ObjectiveConfig
 
@@ -80,3 +82,33 @@ def test_micro_batches_without_a_reference_merge_with_those_that_have_one() -> N
 def test_nothing_to_merge_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one micro-batch"):
         merge([])
+
+
+def sampled(entropies: list[float], kept_mass: float) -> Trajectory:
+    """One prompt token, then one sampled token for each entropy."""
+    size = len(entropies)
+    segment = Segment(
+        token_ids=array("i", [1] * (size + 1)),
+        sampled=array("b", [0] + [1] * size),
+        logprobs=array("f", [0.0] + [-1.0] * size),
+        entropies=array("f", [0.0, *entropies]),
+        weight_version=0,
+        kept_mass=kept_mass,
+    )
+    evidence = Evidence(response="", thinking=None, answer=None, num_sampled_tokens=size, end="stop")
+    return Trajectory(
+        trajectory_id="t",
+        task_id="t",
+        group_id="t",
+        domain="mathematics",
+        segments=(segment,),
+        messages=(),
+        evidence=evidence,
+        end="stop",
+    )
+
+
+def test_sampling_metrics_are_means_over_sampled_tokens() -> None:
+    metrics = sampling_metrics([sampled([1.0, 2.0, 3.0], 0.5), sampled([2.0], 0.9), sampled([], 1.0)])
+    assert metrics == pytest.approx({"sampling/entropy": 2.0, "sampling/kept_mass": 0.6, "sampling/num_tokens": 4.0})
+    assert sampling_metrics([sampled([], 1.0)]) == {}
