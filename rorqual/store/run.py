@@ -59,7 +59,8 @@ class Run:
         try:
             remove_temporaries(root)
             checkpoints.restore_replaced(root / "checkpoints")
-            _repair_last_line(root / "metrics.jsonl")
+            for lines in (root / "metrics.jsonl", *root.glob("evals/*.partial.jsonl")):
+                _repair_last_line(lines)
             session = describe_session(command)
             manifest = _start_or_resume(root, resolved(config), dict(seeds), session)
         except BaseException:

@@ -154,17 +154,17 @@ def _segments_column(segments_of_rows: list[tuple[Segment, ...]]) -> pa.Array:
 
 def _kept_column(kept: list[KeptTokens | None]) -> pa.Array:
     arrays = [
-        _list_column([item.offsets if item else array("q") for item in kept], "q", "kept.offsets"),
-        _list_column([item.ids if item else array("i") for item in kept], "i", "kept.ids"),
+        _list_column([item.offsets if item is not None else array("q") for item in kept], "q", "kept.offsets"),
+        _list_column([item.ids if item is not None else array("i") for item in kept], "i", "kept.ids"),
     ]
     return pa.StructArray.from_arrays(arrays, names=["offsets", "ids"], mask=_absent(kept))
 
 
 def _routes_column(routes: list[Routes | None]) -> pa.Array:
     arrays = [
-        _list_column([item.experts if item else array("h") for item in routes], "h", "routes.experts"),
-        pa.array([item.num_layers if item else 0 for item in routes], type=pa.int32()),
-        pa.array([item.experts_per_token if item else 0 for item in routes], type=pa.int32()),
+        _list_column([item.experts if item is not None else array("h") for item in routes], "h", "routes.experts"),
+        pa.array([item.num_layers if item is not None else 0 for item in routes], type=pa.int32()),
+        pa.array([item.experts_per_token if item is not None else 0 for item in routes], type=pa.int32()),
     ]
     return pa.StructArray.from_arrays(
         arrays, names=["experts", "num_layers", "experts_per_token"], mask=_absent(routes)
