@@ -46,7 +46,7 @@ def test_tensors_that_do_not_fit_together_are_refused(changes: dict[str, Tensor]
         float_tokens(**changes)
 
 
-@pytest.mark.parametrize("config", [*PROXIMAL_CONFIGS])
+@pytest.mark.parametrize("config", PROXIMAL_CONFIGS)
 def test_a_proximal_denominator_needs_proximal_logprobs(config: ObjectiveConfig) -> None:
     with pytest.raises(ValueError, match="proximal_N is None"):
         policy_loss(float_tokens(), config, LossScale(2, 3))
