@@ -1,0 +1,83 @@
+"""Attention in float64 against the formula written out, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from rorqual.models.cache import cached_layout
+from rorqual.models.decoder import Decoder
+from rorqual.models.layout import causal_layout
+
+
+@pytest.mark.parametrize("kind", ("gqa", "mla", "softmax"))
+def test_cached_equals_packed(tiny_decoder: Callable[..., Decoder], kind: str) -> None:
+    """For "mla" this is the absorbed form (one token a call) against the expanded one, to float64 precision."""
+    decoder = tiny_decoder(kind)
+    token_ids_RQ = torch.randint(61, (3, 12), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected_RQD = decoder(token_ids_RQ.flatten(), causal_layout([12, 12, 12])).hidden.view(3, 12, -1)
+        cache = decoder.new_cache(num_slots=3, capacity=12)
+        for position in range(12):
+            layout = cached_layout(range(3), torch.full((3,), position), 1, cache)
+            out = decoder.forward_cached(token_ids_RQ[:, position : position + 1], cache, layout).hidden
+            torch.testing.assert_close(out[:, 0], expected_RQD[:, position], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("qkv_bias", (False, True))
+def test_mla_formula(tiny_decoder: Callable[..., Decoder], qkv_bias: bool) -> None:
+    """DeepSeek-V2, equations 9 to 19, one query and one head at a time, all ranks and dimensions unlike each other."""
+    decoder = tiny_decoder("mla", qkv_bias=qkv_bias)
+    attention = decoder.layers[0].self_attn
+    assert isinstance(attention, MultiHeadLatentAttention)
+    x_TD = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    rotation = decoder.rope(torch.arange(6), torch.float64)
+    found_TD = attention(x_TD, rotation, causal_layout([6]))
+
+    query_TX = attention.q_b_proj(attention.q_a_layernorm(attention.q_a_proj(x_TD)))
+    down_TX = attention.kv_a_proj_with_mqa(x_TD)
+    latent_TL = attention.kv_a_layernorm(down_TX[:, :8])
+    key_position_TP = rotation.rotate(down_TX[:, None, 8:])[:, 0]
+    outputs = []
+    for head in range(4):
+        query_TE = query_TX[:, head * 10 : (head + 1) * 10]
+        query_position_TP = rotation.rotate(query_TE[:, None, 6:])[:, 0]
+        up_XL = attention.kv_b_proj.weight[head * 11 : (head + 1) * 11]
+        key_TN, value_TV = latent_TL @ up_XL[:6].T, latent_TL @ up_XL[6:].T
+        scores_TT = (query_TE[:, :6] @ key_TN.T + query_position_TP @ key_position_TP.T) / 10**0.5
+        outputs.append(causal_softmax(scores_TT) @ value_TV)
+    expected_TD = attention.o_proj(torch.cat(outputs, dim=-1))
+    torch.testing.assert_close(found_TD, expected_TD, rtol=1e-11, atol=1e-11)
+
+
+def test_grouped_query_formula(tiny_decoder: Callable[..., Decoder]) -> None:
+    decoder = tiny_decoder("gqa")
+    attention = decoder.layers[0].self_attn
+    assert isinstance(attention, GroupedQueryAttention)
+    x_TD = torch.randn(6, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    rotation = decoder.rope(torch.arange(6), torch.float64)
+    q_THE = rotation.rotate(attention.q_norm(attention.q_proj(x_TD).view(6, 4, 10)))
+    k_TGE = rotation.rotate(attention.k_norm(attention.k_proj(x_TD).view(6, 2, 10)))
+    v_TGE = attention.v_proj(x_TD).view(6, 2, 10)
+    heads = [
+        causal_softmax(q_THE[:, head] @ k_TGE[:, head // 2].T / 10**0.5) @ v_TGE[:, head // 2] for head in range(4)
+    ]
+    expected_TD = attention.o_proj(torch.cat(heads, dim=-1))
+    torch.testing.assert_close(attention(x_TD, rotation, causal_layout([6])), expected_TD, rtol=1e-11, atol=1e-11)
+
+
+def causal_softmax(scores_TT: Tensor) -> Tensor:
+    rows = []
+    for query, row in enumerate(scores_TT):
+        weights = (row[: query + 1] - row[: query + 1].max()).exp()
+        rows.append(torch.nn.functional.pad(weights / weights.sum(), (0, len(row) - query - 1)))
+    return torch.stack(rows)
+
+
+def test_mla_needs_its_config(tiny_decoder: Callable[..., Decoder]) -> None:
+    with pytest.raises(ValueError, match="mla"):
+        MultiHeadLatentAttention(tiny_decoder("gqa").config)
