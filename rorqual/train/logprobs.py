@@ -19,8 +19,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
-CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Logits of one tile: a few MB stay in a processor's cache, a GPU needs larger products to be busy."""
+
+WHOLE_TILES = 4
+"""A problem of at most so many tiles is done as one, whose probabilities are kept for backward."""
+
+CHUNK_TOKENS = 1024
+"""Targets handled at once. More would narrow the tiles; fewer would read the unembedding more often."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +42,12 @@ class KeptBatch:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some targets against some of the vocabulary. target_C: column of each row's target, -1 where it is elsewhere."""
+    """Some targets against some of the vocabulary. hit_rows, hit_columns: where in the tile a row meets its target."""
 
     rows: slice
     columns: slice | Tensor
-    target_C: Tensor
+    hit_rows: Tensor
+    hit_columns: Tensor
     dropped_CU: Tensor | None = None
 
 
@@ -56,22 +63,23 @@ def selected_logprobs(
     """log softmax(hidden @ unembedding.T / temperature) at the targets: [N] in nats, float32 (float64 stays float64).
 
     Both gradients are exact and need no more memory than the inputs and one tile. `kept` renormalises over each token's
-    kept set, as its sampler did. `chunk_tokens` bounds the targets handled at once; the default fits the device's cache.
-    Raises: ValueError for temperature <= 0 (a greedy choice has no log-prob to train), for shapes that do not fit, and for
-    a target outside its kept set or outside the vocabulary.
+    kept set, as its sampler did. `chunk_tokens` bounds the targets handled at once.
+    Raises: ValueError for temperature <= 0 (a greedy choice has no log-prob to train), for shapes that do not fit, and
+    for a target outside its kept set or outside the vocabulary.
     """
     _check(hidden_ND, unembedding_VD, target_N, temperature, kept)
     if not len(target_N):
-        return (hidden_ND.sum() * 0 + unembedding_VD[:1].sum() * 0) * hidden_ND.new_zeros(
-            0, dtype=_precision(hidden_ND)
-        )
-    result: Tensor = _SelectedLogprobs.apply(
-        hidden_ND, unembedding_VD, target_N.long(), math.log2(math.e) / temperature, kept, chunk_tokens
-    )
+        # An empty share of a batch still reaches both inputs, so that every rank of a parallel run joins its backward.
+        nothing = (hidden_ND.sum() + unembedding_VD[:1].sum()) * 0
+        return nothing.to(_precision(hidden_ND)) * hidden_ND.new_zeros(0, dtype=_precision(hidden_ND))
+    scale = math.log2(math.e) / temperature
+    result: Tensor = _SelectedLogprobs.apply(hidden_ND, unembedding_VD, target_N, scale, kept, chunk_tokens)
     return result
 
 
 class _SelectedLogprobs(torch.autograd.Function):
+    """d logprob / d logit = onehot - p. A lone tile keeps its p for backward; several compute theirs again."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -82,21 +90,18 @@ class _SelectedLogprobs(torch.autograd.Function):
         kept: KeptBatch | None,
         chunk_tokens: int | None,
     ) -> Tensor:
-        precision = _precision(hidden_ND)
-        scaled_ND, weight_VD = hidden_ND.to(precision) * scale, unembedding_VD.to(precision)
-        maximum_N = scaled_ND.new_full(target_N.shape, -math.inf)
-        total_N, chosen_N = torch.zeros_like(maximum_N), torch.zeros_like(maximum_N)
-        buffer, logits_CU = _buffer(scaled_ND), scaled_ND
-        tiles = list(_tiles(target_N, len(weight_VD), kept, chunk_tokens))
-        for tile in tiles:
+        scaled_ND, weight_VD = hidden_ND.to(_precision(hidden_ND)) * scale, unembedding_VD.to(_precision(hidden_ND))
+        highest_N = scaled_ND.new_full(target_N.shape, -math.inf)
+        total_N, chosen_N = torch.zeros_like(highest_N), torch.zeros_like(highest_N)
+        buffer, logits_CU, num_tiles = _buffer(scaled_ND), scaled_ND, 0
+        for tile in _tiles(target_N, len(weight_VD), kept, chunk_tokens):
+            num_tiles += 1
             logits_CU = _logits(tile, scaled_ND, weight_VD, buffer)
-            at_target_C = logits_CU.gather(1, tile.target_C.clamp(min=0)[:, None])[:, 0]
-            chosen_N[tile.rows] = torch.where(tile.target_C >= 0, at_target_C, chosen_N[tile.rows])
-            highest_C = torch.maximum(maximum_N[tile.rows], logits_CU.amax(1))
-            total_N[tile.rows] *= torch.exp2(maximum_N[tile.rows] - highest_C)
-            total_N[tile.rows] += logits_CU.sub_(highest_C[:, None]).exp2_().sum(1)
-            maximum_N[tile.rows] = highest_C
-        log_total_N = total_N.log2_().add_(maximum_N)
+            _accumulate(logits_CU, tile, highest_N[tile.rows], total_N[tile.rows], chosen_N[tile.rows])
+        log_total_N = total_N.log2().add_(highest_N)
+        ctx.only_p_CU = None
+        if num_tiles == 1 and any(ctx.needs_input_grad):
+            ctx.only_p_CU = logits_CU.div_(total_N[:, None])
         ctx.save_for_backward(hidden_ND, unembedding_VD, target_N, log_total_N)
         ctx.settings = (scale, kept, chunk_tokens)
         return chosen_N.sub_(log_total_N).mul_(math.log(2))
@@ -106,36 +111,38 @@ class _SelectedLogprobs(torch.autograd.Function):
     def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_ND, unembedding_VD, target_N, log_total_N = ctx.saved_tensors
         scale, kept, chunk_tokens = ctx.settings
-        precision = _precision(hidden_ND)
-        scaled_ND, weight_VD = hidden_ND.to(precision) * scale, unembedding_VD.to(precision)
-        # d logprob / d logit = onehot - p, and a logit is hidden @ weight times scale * ln 2 = 1 / temperature.
+        scaled_ND, weight_VD = hidden_ND.to(log_total_N.dtype) * scale, unembedding_VD.to(log_total_N.dtype)
         row_scale_N1 = (gradient_N * (-scale * math.log(2)))[:, None]
-        weighted_ND = hidden_ND.to(precision) * row_scale_N1
+        weighted_ND = hidden_ND * row_scale_N1
         hidden_gradient_ND, weight_gradient_VD = torch.zeros_like(scaled_ND), torch.zeros_like(weight_VD)
         buffer = _buffer(scaled_ND)
         for tile in _tiles(target_N, len(weight_VD), kept, chunk_tokens):
-            tile_weight_UD = weight_VD[tile.columns]
-            p_CU = _logits(tile, scaled_ND, weight_VD, buffer).sub_(log_total_N[tile.rows, None]).exp2_()
-            here_C = (tile.target_C >= 0).nonzero()[:, 0]
-            p_CU[here_C, tile.target_C[here_C]] -= 1
-            hidden_gradient_ND[tile.rows].addmm_(p_CU, tile_weight_UD)
+            p_CU = ctx.only_p_CU
+            if p_CU is None:
+                p_CU = _logits(tile, scaled_ND, weight_VD, buffer).sub_(log_total_N[tile.rows, None]).exp2_()
+            hits = (tile.hit_rows, tile.hit_columns)
+            p_of_targets = p_CU[hits]
+            p_CU[hits] = p_of_targets - 1
+            hidden_gradient_ND[tile.rows].addmm_(p_CU, weight_VD[tile.columns])
             if isinstance(tile.columns, slice):
                 weight_gradient_VD[tile.columns].addmm_(p_CU.T, weighted_ND[tile.rows])
             else:
                 weight_gradient_VD.index_add_(0, tile.columns, p_CU.T @ weighted_ND[tile.rows])
+            p_CU[hits] = p_of_targets
         hidden_gradient_ND.mul_(row_scale_N1)
-        return (
-            hidden_gradient_ND.to(hidden_ND.dtype),
-            weight_gradient_VD.to(unembedding_VD.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+        return hidden_gradient_ND.to(hidden_ND.dtype), weight_gradient_VD.to(unembedding_VD.dtype), *[None] * 4
+
+
+def _accumulate(logits_CU: Tensor, tile: _Tile, highest_C: Tensor, total_C: Tensor, chosen_C: Tensor) -> None:
+    """Fold a tile into its rows' running maximum, sum and target logit; `logits_CU` becomes exp2(logit - maximum)."""
+    chosen_C[tile.hit_rows] = logits_CU[tile.hit_rows, tile.hit_columns]
+    before_C = highest_C.clone()
+    torch.maximum(before_C, logits_CU.amax(1), out=highest_C)
+    total_C.mul_(before_C.sub_(highest_C).exp2_()).add_(logits_CU.sub_(highest_C[:, None]).exp2_().sum(1))
 
 
 def _logits(tile: _Tile, scaled_ND: Tensor, weight_VD: Tensor, buffer: Tensor) -> Tensor:
-    """Base-2 logits [C, U] of one tile, written over `buffer` where it is large enough."""
+    """Base-2 logits [C, U] of one tile, written over `buffer` unless it is too small."""
     rows_CD, columns_UD = scaled_ND[tile.rows], weight_VD[tile.columns]
     size = len(rows_CD) * len(columns_UD)
     out_CU = buffer[:size].view(len(rows_CD), len(columns_UD)) if size <= len(buffer) else None
@@ -144,43 +151,54 @@ def _logits(tile: _Tile, scaled_ND: Tensor, weight_VD: Tensor, buffer: Tensor) -
 
 
 def _buffer(like: Tensor) -> Tensor:
-    return like.new_empty(TILE_ELEMENTS.get(like.device.type, TILE_ELEMENTS["cuda"]))
+    return like.new_empty(_tile_elements(like))
+
+
+def _tile_elements(like: Tensor) -> int:
+    return TILE_ELEMENTS["cpu" if like.device.type == "cpu" else "cuda"]
 
 
 def _tiles(target_N: Tensor, num_vocabulary: int, kept: KeptBatch | None, chunk_tokens: int | None) -> Iterator[_Tile]:
-    device = target_N.device.type
-    elements = TILE_ELEMENTS.get(device, TILE_ELEMENTS["cuda"])
-    if kept is not None:
-        mean_kept = max(1, len(kept.ids) // len(kept))
-        default = max(elements // num_vocabulary, math.isqrt(elements // mean_kept), 16)
-        yield from _kept_tiles(target_N, num_vocabulary, kept, chunk_tokens or default)
-        return
-    chunk = min(len(target_N), chunk_tokens or CHUNK_TOKENS.get(device, CHUNK_TOKENS["cuda"]))
-    width = max(elements // chunk, 1)
+    elements = _tile_elements(target_N)
+    if kept is None:
+        if chunk_tokens is None and len(target_N) * num_vocabulary <= WHOLE_TILES * elements:
+            all_rows_N = torch.arange(len(target_N), device=target_N.device)
+            return iter([_Tile(slice(None), slice(None), all_rows_N, target_N)])
+        chunk = min(len(target_N), chunk_tokens or CHUNK_TOKENS)
+        return _vocabulary_tiles(target_N, num_vocabulary, chunk, width=max(elements // chunk, 1))
+    mean_kept = max(1, len(kept.ids) // len(kept))
+    return _kept_tiles(target_N, num_vocabulary, kept, chunk_tokens or max(math.isqrt(elements // mean_kept), 16))
+
+
+def _vocabulary_tiles(target_N: Tensor, num_vocabulary: int, chunk: int, width: int) -> Iterator[_Tile]:
     for start in range(0, len(target_N), chunk):
         target_C = target_N[start : start + chunk]
-        for first in range(0, num_vocabulary, width):
-            local_C = target_C - first
-            local_C = torch.where((local_C >= 0) & (local_C < width), local_C, -1)
-            yield _Tile(slice(start, start + chunk), slice(first, first + width), local_C)
+        order_C = target_C.argsort(stable=True)
+        firsts = range(0, num_vocabulary, width)
+        bounds = torch.tensor([*firsts, num_vocabulary], device=target_C.device)
+        edges = torch.searchsorted(target_C[order_C], bounds).tolist()
+        for index, first in enumerate(firsts):
+            hit_rows = order_C[edges[index] : edges[index + 1]]
+            columns = slice(first, first + width)
+            yield _Tile(slice(start, start + chunk), columns, hit_rows, target_C[hit_rows] - first)
 
 
 def _kept_tiles(target_N: Tensor, num_vocabulary: int, kept: KeptBatch, chunk: int) -> Iterator[_Tile]:
     """One tile a chunk of targets: its columns are the union of the chunk's kept sets, ascending."""
-    offsets = kept.offsets_N1[::chunk].tolist() + ([] if (len(kept) % chunk) == 0 else [int(kept.offsets_N1[-1])])
-    for index, start in enumerate(range(0, len(target_N), chunk)):
-        rows = slice(start, min(start + chunk, len(target_N)))
-        ids = kept.ids[offsets[index] : offsets[index + 1]]
+    sizes_N = kept.offsets_N1.diff()
+    starts = range(0, len(target_N), chunk)
+    edges = kept.offsets_N1[[*starts, len(target_N)]].tolist()
+    for start, first, last in zip(starts, edges, edges[1:], strict=False):
+        ids, sizes_C = kept.ids[first:last], sizes_N[start : start + chunk]
+        all_rows_C = torch.arange(len(sizes_C), device=ids.device)
         present_V = torch.zeros(num_vocabulary, dtype=torch.bool, device=ids.device)
         present_V[ids] = True
         column_V = present_V.cumsum(0) - 1
-        counts_C = kept.offsets_N1[rows.start + 1 : rows.stop + 1] - kept.offsets_N1[rows]
-        row_of_id = torch.repeat_interleave(torch.arange(len(counts_C), device=ids.device), counts_C)
         columns_U = present_V.nonzero()[:, 0]
-        dropped_CU = torch.ones(len(counts_C), len(columns_U), dtype=torch.bool, device=ids.device)
-        dropped_CU[row_of_id, column_V[ids]] = False
-        target_C = column_V[target_N[rows]]
-        yield _Tile(rows, columns_U, target_C, dropped_CU)
+        dropped_CU = torch.ones(len(sizes_C), len(columns_U), dtype=torch.bool, device=ids.device)
+        dropped_CU[torch.repeat_interleave(all_rows_C, sizes_C), column_V[ids]] = False
+        rows = slice(start, start + chunk)
+        yield _Tile(rows, columns_U, all_rows_C, column_V[target_N[rows]], dropped_CU)
 
 
 def _precision(hidden_ND: Tensor) -> torch.dtype:
@@ -192,20 +210,19 @@ def _check(
 ) -> None:
     if not temperature > 0.0:
         raise ValueError(
-            f"temperature = {temperature}: log-probs need a temperature above 0. Tokens that were chosen greedily have no "
-            "probability to train on; sample them at a temperature above 0."
+            f"temperature = {temperature}: log-probs need a temperature above 0. Tokens that were chosen greedily "
+            "have no probability to train on; sample them at a temperature above 0."
         )
     num_targets, num_vocabulary = len(target_N), len(unembedding_VD)
     if hidden_ND.shape != (num_targets, unembedding_VD.shape[1]):
         raise ValueError(
-            f"hidden is {tuple(hidden_ND.shape)}; expected ({num_targets}, {unembedding_VD.shape[1]}) for {num_targets} "
-            f"targets and an unembedding of {tuple(unembedding_VD.shape)}."
+            f"hidden is {tuple(hidden_ND.shape)}; expected ({num_targets}, {unembedding_VD.shape[1]}) for "
+            f"{num_targets} targets and an unembedding of {tuple(unembedding_VD.shape)}."
         )
     ids = target_N if kept is None else torch.cat((target_N, kept.ids))
-    if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < num_vocabulary):
-        raise ValueError(
-            f"token ids span {int(ids.min())} to {int(ids.max())}, but the vocabulary has {num_vocabulary} entries."
-        )
+    lowest, highest = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    if lowest < 0 or highest >= num_vocabulary:
+        raise ValueError(f"token ids span {lowest} to {highest}, but the vocabulary has {num_vocabulary} entries.")
     if kept is not None:
         _check_kept(target_N, kept)
 

@@ -1,7 +1,7 @@
 """One optimiser step for any objective: forward, log-probs of the targets, loss, backward; accumulate, clip, AdamW.
 
-Pre-training, SFT and RL differ only in the objective that they pass in (see `objectives.py`). A loss or gradient that is
-not finite raises before any weight has changed.
+Pre-training, SFT and RL differ only in the objective that they pass in (see `objectives.py`). A loss or gradient that
+is not finite raises before any weight has changed.
 
 Shapes: N targets of a micro-batch.
 """
