@@ -1,7 +1,7 @@
 """One question, one response: the environment of R1-Zero, and its tasks from the reasoning-gym library.
 
-A task carries the library's whole entry in its payload, so that a stored run can be scored again later. Splits are ranges of
-seeds that cannot overlap: a data set seeded with s makes its item i from s + i, and every chunk of items has its own range.
+A task carries the library's whole entry in its payload, so that a stored run can be scored again later. Splits are
+ranges of seeds that cannot overlap: a data set that is seeded with s makes its item i from s + i.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rorqual.records import EndReason, Evidence, Message, Record, Segment, Task
 from rorqual.text.response import join_thinking, parse_response
 
 SPLITS: dict[str, range] = {
-    "train": range(0, 2**30),
+    "train": range(2**30),
     "validation": range(2**30, 2**30 + 2**29),
     "test": range(2**30 + 2**29, 2**31),
 }
@@ -29,7 +29,7 @@ CHUNK_SIZE = 1000
 """Items that share one data set object; some data sets draw a plan for all their items when they are built."""
 
 REFUSED: dict[str, str] = {
-    "boxnet": "it has no reference answer, so its scorer cannot be checked, and the scorer raises on a number",
+    "boxnet": "it has no reference answer, so its scorer cannot be checked, and it raises on a number",
     "composite": "it is a mixture; give the data sets of the mixture one by one",
     "game_of_life_halting": "its scorer gives 1.0 to any non-empty text",
     "graph_color": "it has no reference answer, so its scorer cannot be checked",
@@ -51,7 +51,7 @@ DOMAINS: dict[str, str] = {
 
 
 class DialogueConfig(Record):
-    """`system`: a system message for every task; `suffix`: text added to every question, such as a format instruction."""
+    """`system`: a system message for every task; `suffix`: text added to every question, say a format instruction."""
 
     system: str = ""
     suffix: str = ""
@@ -69,7 +69,9 @@ class DialogueEnvironment:
         Raises: ValueError for a task without a user message at its end.
         """
         if not task.messages or task.messages[-1].role != "user":
-            raise ValueError(f"Task {task.task_id} does not end with a user message, so there is nothing to respond to.")
+            raise ValueError(
+                f"Task {task.task_id} does not end with a user message, so there is nothing to respond to."
+            )
         *earlier, question = task.messages
         system = [Message(role="system", content=self.config.system)] if self.config.system else []
         return (*system, *earlier, Message(role="user", content=question.content + self.config.suffix))
@@ -123,7 +125,10 @@ class ReasoningGymTasks:
         return cls(config.name, config.options, config.domain)
 
     def task(self, split: str, index: int) -> Task:
-        """Item `index` of `split`. Raises: ValueError for an unknown split, an index outside it, or a failed generator."""
+        """Item `index` of `split`.
+
+        Raises: ValueError for an unknown split, an index outside it, or an item that the library fails to make.
+        """
         if split not in SPLITS:
             raise ValueError(f"There is no split {split!r}; there are {', '.join(SPLITS)}.")
         seeds = SPLITS[split]

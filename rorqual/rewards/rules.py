@@ -5,24 +5,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import io
-import json
 import math
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
-
-import reasoning_gym
 
 from rorqual.contracts import Reward
 from rorqual.records import Evidence, Record, Score, Task
+from rorqual.rewards.language import language_share
+from rorqual.rewards.reference import reference_score
 from rorqual.text.response import parse_response
 
 
 class RewardConfig(Record):
-    """One reward of a sum: `RewardConfig(name="length", weight=0.5, options={"soft_limit": 200, "hard_limit": 256})`."""
+    """One reward of a sum: `RewardConfig(name="language", weight=0.1, options={"language": "de"})`."""
 
     name: str
     weight: float = 1.0
@@ -30,32 +27,42 @@ class RewardConfig(Record):
 
 
 def accuracy(task: Task, evidence: Evidence, exact: bool = True) -> float:
-    """reasoning-gym's own score of the answer, in [0, 1]; no answer scores 0.
+    """reasoning-gym's score of the answer, in [0, 1]; no answer scores 0.
 
-    exact: 1 for a full score and 0 for anything less. Partial credit of the library's scorers can be had without solving the
-    task, so it is off by default.
+    exact: 1 for a full score, 0 for anything less. Many scorers give partial credit that can be had without solving
+    the task (0.01 to 0.05 for any text), so it is left out unless asked for.
     """
     if evidence.answer is None:
         return 0.0
-    payload = task.payload
-    scorer = _scorer(payload["dataset"], json.dumps(payload.get("options", {}), sort_keys=True))
-    with contextlib.redirect_stdout(io.StringIO()):  # some scorers print
-        value = float(scorer(evidence.answer, _revived(payload["dataset"], payload["entry"])))
-    return float(value >= 1.0) if exact else min(max(value, 0.0), 1.0)
+    value = reference_score(task.payload, evidence.answer)
+    return float(value >= 1.0) if exact else value
 
 
 def well_formed(task: Task, evidence: Evidence, partial_credit: float = 0.0) -> float:
-    """1 for one think block followed by one answer; `partial_credit` for either part alone; else 0. In [0, 1]."""
+    """1 for one think block followed by one answer; `partial_credit` for only one of the two; else 0. In [0, 1]."""
     response = parse_response(evidence.response)
     if response.well_formed:
         return 1.0
     return partial_credit if response.thinking is not None or response.answer is not None else 0.0
 
 
-def length_penalty(task: Task, evidence: Evidence, soft_limit: int, hard_limit: int) -> float:
-    """0 up to `soft_limit` sampled tokens, then linear down to -1 at `hard_limit`; -1 where the response was cut off.
+def language_consistency(task: Task, evidence: Evidence, language: str = "en") -> float:
+    """Share of the words of the thinking that are in `language`, or in `payload["language"]` where a task says so.
 
-    Soft overlong punishment of DAPO (arXiv 2503.14476, equation 13). Raises: ValueError unless 0 <= soft < hard.
+    In [0, 1]; missing or blank thinking scores 0, thinking without a word (only formulas) 1.
+    From DeepSeek-R1 (arXiv 2501.12948, section 2.3.2). Raises: ValueError for a language that cannot be measured.
+    """
+    share = language_share(evidence.thinking or "", task.payload.get("language", language))
+    if share is not None:
+        return share
+    return 1.0 if evidence.thinking and evidence.thinking.strip() else 0.0
+
+
+def length_penalty(task: Task, evidence: Evidence, soft_limit: int, hard_limit: int) -> float:
+    """0 up to `soft_limit` sampled tokens, then linear down to -1 at `hard_limit`; -1 for a response that was cut off.
+
+    The soft overlong punishment of DAPO (arXiv 2503.14476, equation 13), in [-1, 0].
+    Raises: ValueError unless 0 <= soft_limit < hard_limit.
     """
     if not 0 <= soft_limit < hard_limit:
         raise ValueError(f"soft_limit = {soft_limit} and hard_limit = {hard_limit} must satisfy 0 <= soft < hard.")
@@ -69,6 +76,7 @@ REWARDS: dict[str, Any] = {
     "accuracy": accuracy,
     "format": well_formed,
     "length": length_penalty,
+    "language": language_consistency,
 }
 
 
@@ -88,7 +96,7 @@ def score(task: Task, evidence: Evidence, rewards: Mapping[str, tuple[Reward, fl
     for name, (function, _) in rewards.items():
         try:
             value = float(function(task, evidence))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  a reward is anyone's code; what it raised is in the Score
             return Score(total=0.0, parts=parts, error=f"{name}: {type(error).__name__}: {error}")
         if not math.isfinite(value):
             return Score(total=0.0, parts=parts, error=f"{name}: returned {value}, which is not a finite number")
@@ -117,17 +125,3 @@ def _imported(name: str) -> Any:
     if not callable(function):
         raise ValueError(f"Reward {name!r} is a {type(function).__name__}, not a function of (task, evidence).")
     return function
-
-
-@lru_cache(maxsize=64)
-def _scorer(dataset: str, options_json: str) -> Any:
-    """The data set's scorer; some of them read the data set's options."""
-    return reasoning_gym.create_dataset(dataset, seed=0, size=1, **json.loads(options_json)).score_answer
-
-
-def _revived(dataset: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """The entry with the tuples that JSON made lists, where a scorer compares them with tuples."""
-    if dataset not in ("arc_agi", "rearc"):
-        return entry
-    output = tuple(tuple(row) for row in entry["metadata"]["output"])
-    return entry | {"metadata": entry["metadata"] | {"output": output}}
