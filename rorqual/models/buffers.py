@@ -10,7 +10,8 @@ from torch import Tensor, nn
 class ExactBuffers(nn.Module):
     """A module whose own buffers follow `.to(device)` but not `.to(dtype)`, `.half()`, `.bfloat16()` or `.double()`.
 
-    Rounding a rotary frequency to bfloat16 shifts every far position, and a balancing step of 1e-3 vanishes in a bfloat16 bias.
+    Rounding a rotary frequency to bfloat16 shifts every far position, and a balancing step of 1e-3 vanishes in a
+    bfloat16 bias.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExactBuffers:

@@ -1,7 +1,7 @@
-"""Hugging Face `config.json` and ModelConfig, both ways, for the families that the decoder supports.
+"""Hugging Face `config.json` as a ModelConfig, for the families that the decoder supports.
 
-`load_config` reads what `transformers` 4 and 5 write, and the hand-written files of DeepSeek and Moonshot. An option that
-would change the logits and that the decoder does not have is refused by name; options of training alone are ignored.
+Reads what `transformers` 4 and 5 write, and the hand-written files of DeepSeek and Moonshot. An option that would
+change the logits and that the decoder does not have is refused by name; options of training alone are ignored.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import msgspec
 
-from rorqual.models.config import Family, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from rorqual.models.config import Family, ModelConfig
 
 CONFIG_NAME: Final = "config.json"
 
@@ -76,7 +76,8 @@ def load_config(directory: Path | str) -> ModelConfig:
 def from_hf_config(raw: Raw) -> ModelConfig:
     """ModelConfig from the contents of a `config.json`.
 
-    Raises: ValueError naming the architecture or option that is not supported, or the field that is absent or malformed.
+    Raises: ValueError naming the architecture or option that is not supported, or the field that is absent or
+    malformed.
     """
     family = _family(raw)
     _refuse_unsupported(raw, family)
@@ -85,39 +86,6 @@ def from_hf_config(raw: Raw) -> ModelConfig:
         return msgspec.convert(fields, ModelConfig)
     except msgspec.ValidationError as error:
         raise ValueError(f"the sizes do not make a model: {error}") from error
-
-
-def to_hf_config(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` that `transformers` 4.57 and later read as the same model.
-
-    `balance_rate` has no place there and is left out. Raises: ValueError naming the fields that the family cannot express.
-    """
-    raw: dict[str, Any] = {
-        "architectures": [name for name, family in ARCHITECTURES.items() if family == config.family],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_window,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_to_hf(config.rope),
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": config.qkv_bias,
-        "mlp_bias": config.mlp_bias,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "initializer_range": config.initializer_range,
-        "use_cache": True,
-    }
-    raw.update(_mla_to_hf(config, config.mla) if config.mla else {})
-    raw.update(_moe_to_hf(config, config.moe) if config.moe else {})
-    _check_expressible(config, raw)
-    return raw
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -131,9 +99,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, and a JSON object was expected.")
     return value
-
-
-# --------------------------------------------------------------------------------------------------- from Hugging Face
 
 
 def _family(raw: Raw) -> Family:
@@ -160,8 +125,8 @@ def _refuse_unsupported(raw: Raw, family: Family) -> None:
             raise ValueError(f"{name} = {raw[name]!r} is not supported; the decoder has no such option.")
     if _slides(raw, family):
         raise ValueError(
-            f"sliding_window = {raw.get('sliding_window')} is switched on, and sliding-window attention is not supported. "
-            "Set use_sliding_window to false only where the model was trained so."
+            f"sliding_window = {raw.get('sliding_window')} is switched on, and sliding-window attention is not "
+            "supported. Set use_sliding_window to false only where the model was trained so."
         )
 
 
@@ -322,76 +287,3 @@ _FAMILY_FIELDS: Final = {
     "qwen3_moe": _qwen3_moe,
     "deepseek_v3": _deepseek_v3,
 }
-
-
-# ----------------------------------------------------------------------------------------------------- to Hugging Face
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.scaling == "none":
-        return None
-    fields = {name: getattr(rope, name) for name in ROPE_FIELDS[rope.scaling]}
-    return {"rope_type": rope.scaling, **{name: value for name, value in fields.items() if value is not None}}
-
-
-def _mla_to_hf(config: ModelConfig, mla: MLAConfig) -> dict[str, Any]:
-    return {
-        **msgspec.structs.asdict(mla),
-        "num_key_value_heads": config.num_heads,
-        "head_dim": mla.qk_rope_head_dim,
-        "rope_interleave": config.rope.interleaved,
-        "num_nextn_predict_layers": 0,
-    }
-
-
-def _moe_to_hf(config: ModelConfig, moe: MoEConfig) -> dict[str, Any]:
-    shared = {
-        "num_experts_per_tok": moe.experts_per_token,
-        "moe_intermediate_size": moe.expert_intermediate_size,
-        "norm_topk_prob": moe.normalize_weights,
-    }
-    if config.family == "qwen3_moe":
-        return {
-            **shared,
-            "num_experts": moe.num_experts,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": list(moe.dense_layers),
-        }
-    return {
-        **shared,
-        "n_routed_experts": moe.num_experts,
-        "n_shared_experts": moe.num_shared_experts,
-        "n_group": moe.num_groups,
-        "topk_group": moe.groups_per_token,
-        "routed_scaling_factor": moe.routed_scaling,
-        "first_k_dense_replace": len(moe.dense_layers),
-        "scoring_func": moe.scoring,
-        "topk_method": "noaux_tc",
-        "moe_layer_freq": 1,
-    }
-
-
-def _check_expressible(config: ModelConfig, raw: Raw) -> None:
-    """What was written, read again, must be the same model."""
-    wanted, found = _canonical(config), _canonical(from_hf_config(raw))
-    lost = [
-        f"{name} = {getattr(wanted, name)!r} (reads back as {getattr(found, name)!r})"
-        for name in wanted.__struct_fields__
-        if getattr(wanted, name) != getattr(found, name)
-    ]
-    if lost:
-        raise ValueError(f"A Hugging Face {config.family} checkpoint cannot express: {'; '.join(lost)}.")
-
-
-def _canonical(config: ModelConfig) -> ModelConfig:
-    """The same model with every field at its default that plays no part in it."""
-    used = ("theta", "interleaved", "scaling", *ROPE_FIELDS[config.rope.scaling])
-    changes: dict[str, Any] = {"rope": RopeConfig(**{name: getattr(config.rope, name) for name in used})}
-    if config.mla is not None:
-        changes.update(num_kv_heads=config.num_heads, head_dim=0)
-    if config.moe is not None:
-        default_rate = MoEConfig.__struct_defaults__[-1]
-        changes["moe"] = msgspec.structs.replace(
-            config.moe, balance_rate=default_rate, dense_layers=tuple(sorted(config.moe.dense_layers))
-        )
-    return msgspec.structs.replace(config, **changes)

@@ -29,7 +29,7 @@ VOCABULARY = 61
 
 
 def rope_options(rng: random.Random) -> dict[str, Any]:
-    """A rotary description in the old form; the lengths are short, so that every scaling acts on a few dozen positions."""
+    """A rotary description in the old form; lengths are short, so that scaling acts within a few dozen positions."""
     original = rng.choice([8, 16, 24])
     yarn = {"rope_type": "yarn", "factor": rng.choice([2.0, 4.0, 8.0]), "original_max_position_embeddings": original}
     scaling = rng.choice(
@@ -222,7 +222,7 @@ def tiny_decoder() -> Callable[..., Decoder]:
         generator = torch.Generator().manual_seed(seed)
         decoder.initialize(generator)
         with torch.no_grad():
-            for name, tensor in decoder.state_dict().items():
+            for tensor in decoder.state_dict().values():
                 if tensor.dim() == 1:
                     tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype) * 0.2)
         return decoder

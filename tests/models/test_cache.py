@@ -89,7 +89,7 @@ def test_continuing_a_copied_prefix(tiny_decoder: Callable[..., Decoder], kind: 
 
 
 def test_mla_caches_the_latent_alone(tiny_decoder: Callable[..., Decoder]) -> None:
-    """kv_lora_rank + qk_rope_head_dim numbers a token and layer (DeepSeek-V2, table 1), against 2 * heads * dimension."""
+    """kv_lora_rank + qk_rope_head_dim numbers a token and layer (DeepSeek-V2, table 1), not 2 * heads * dimension."""
     widths = {
         kind: [column.shape[-1] for column in tiny_decoder(kind).new_cache(1, 2).columns[0]] for kind in ("mla", "gqa")
     }

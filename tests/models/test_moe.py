@@ -228,7 +228,7 @@ def test_softmax_router_has_no_bias_to_move() -> None:
 
 
 def test_balancing_makes_a_lopsided_router_even() -> None:
-    """Biases that begin far apart end with every expert near the mean load; without balancing the best stays far above."""
+    """Biases that begin far apart end with every expert near the mean load."""
     router = mixture(config(balance_rate=0.02, num_groups=1, groups_per_token=1)).gate.train()
     router.e_score_correction_bias.copy_(torch.linspace(-0.6, 0.6, 8))
     x_TD = tokens(400)

@@ -79,7 +79,7 @@ def test_packed_logits(pair: Callable, family: str, seed: int) -> None:
 def test_cached_logits(
     pair: Callable, family: str, seed: int, slots: range | list[int], chunks: tuple[int, ...]
 ) -> None:
-    """Rows of unlike length share each call; the cache begins with rubbish, so that a leak from unwritten keys shows."""
+    """Rows of unlike length share each call; the cache begins full of rubbish, so that a leak shows."""
     model = pair(family, seed)
     sequences = [random_ids(length, seed + length) for length in (9, 31, 2, 17)]
     for found, sequence in zip(cached_logits(model.decoder, sequences, slots, chunks), sequences, strict=True):
@@ -105,7 +105,7 @@ def test_greedy_continuation(pair: Callable, family: str) -> None:
 
 @pytest.mark.parametrize("family", ("llama", "qwen2", "qwen3"))
 def test_bfloat16_forward(pair: Callable, reference_model: Callable, family: str, tmp_path) -> None:
-    """In bfloat16 both stay as close to float32 as its 8 bits allow, and we no further than the reference, by a margin."""
+    """In bfloat16 we stray from float32 no further than the reference does, by a margin."""
     model = pair(family, 0)
     token_ids_T = random_ids(30, 0)
     exact = model.reference_logits(token_ids_T)
