@@ -149,6 +149,18 @@ class Run:
 
     # --------------------------------------------------------------------------------------------- evaluations
 
+    def begin_eval(self, name: str, plan: Mapping[str, Any]) -> None:
+        """Start an evaluation, or go on with it. `plan`, JSON values, is all that its samples depend on.
+
+        Raises: StoreError when samples of another plan stand under this name; the message lists what differs.
+        """
+        path = self._writable(f"evals/{_checked(name)}.plan.json")
+        plan = json.loads(json.dumps(plan))
+        if path.exists():
+            _check_same_settings(path, json.loads(path.read_bytes()), dict(plan), "settings")
+        else:
+            write_atomic(path, lambda file: file.write(_pretty(plan)))
+
     def append_eval_sample(self, name: str, row: ScoredTrajectory) -> None:
         """Store one sample of an evaluation that is under way; it survives a crash from here on."""
         _append_line(self._writable(f"evals/{_checked(name)}.partial.jsonl"), to_json(row) + b"\n")
@@ -170,8 +182,9 @@ class Run:
 
     def eval_summaries(self) -> dict[str, dict[str, Any]]:
         """The summary of every finished evaluation, by name, in the order in which they were finished."""
-        files = sorted((self.path / "evals").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        return {path.stem: json.loads(path.read_bytes()) for path in files}
+        found = [path for path in (self.path / "evals").glob("*.json") if not path.name.endswith(".plan.json")]
+        found.sort(key=lambda path: path.stat().st_mtime_ns)
+        return {path.stem: json.loads(path.read_bytes()) for path in found}
 
     # --------------------------------------------------------------------------------------------- checkpoints
 
@@ -242,8 +255,8 @@ def _check_same_settings(root: Path, before: dict[str, Any], now: dict[str, Any]
     ]
     if differing:
         raise StoreError(
-            f"{root} was started with other {what} ({'; '.join(differing)}). To go on with it, give the same settings; "
-            "to try the new ones, choose another directory with --out."
+            f"{root} was started with other {what} ({'; '.join(differing)}). To go on with it, give the same; to try "
+            "the new ones, choose another name or directory (--out)."
         )
 
 
