@@ -33,6 +33,7 @@ REFUSED: dict[str, str] = {
     "composite": "it is a mixture; give the data sets of the mixture one by one",
     "game_of_life_halting": "its scorer gives 1.0 to any non-empty text",
     "graph_color": "it has no reference answer, so its scorer cannot be checked",
+    "intermediate_integration": "its reference can be an unevaluated integral, and its scorer takes that for an answer",
     "prime_factorization": "its scorer raises on an answer that is not a number",
     "propositional_logic": "it has no reference answer, so its scorer cannot be checked",
     "rubiks_cube": "it has no reference answer, so its scorer cannot be checked",

@@ -1,8 +1,8 @@
 """Scores an answer with the scorer of the reasoning-gym data set that its task came from.
 
 Those scorers were written for honest answers. Some evaluate the answer as Python, or hand it to sympy, which does the
-same; some never return from a huge exponent. A policy under training writes anything, so an answer reaches a scorer only
-if it could be right: what does not look like an answer of that data set scores 0 unread.
+same; some never return from a huge exponent. A policy under training writes anything, so an answer reaches a scorer
+only if it could be right: what does not look like an answer of that data set scores 0 unread.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ _EXPRESSION = re.compile(
 
 GUARDS: dict[str, re.Pattern[str]] = {
     "binary_matrix": _LIST_OF_NUMBERS,
-    "coin_flip": re.compile(r"[\d\s./]{0,60}"),
+    "coin_flip": re.compile(r"[\d\s./]{0,60}(?:e-\d{1,2})?"),
     "countdown": _ARITHMETIC,
     "game_of_life": _LIST_OF_NUMBERS,
-    "intermediate_integration": _EXPRESSION,
     "n_queens": re.compile(r"[Q_\s,'\"\[\]]{0,4000}"),
     "polynomial_multiplication": _EXPRESSION,
     "puzzle24": _ARITHMETIC,

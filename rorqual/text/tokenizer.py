@@ -150,18 +150,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, min_frequency: int = 
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    special = [
-        AddedToken(text, special=name not in _KEPT_IN_TEXT, normalized=False) for name, text in SPECIAL_TOKENS.items()
-    ]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=special,
+        special_tokens=[AddedToken(text, special=True, normalized=False) for text in SPECIAL_TOKENS.values()],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(backend)
+    return Tokenizer(_with_spoken_tokens(backend))
+
+
+def _with_spoken_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, in which skipping special tokens spares `_KEPT_IN_TEXT`; a trainer marks them all."""
+    state = json.loads(backend.to_str())
+    spoken = {SPECIAL_TOKENS[name] for name in _KEPT_IN_TEXT}
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] not in spoken
+    return tokenizers.Tokenizer.from_str(json.dumps(state))
 
 
 def _without_added_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
