@@ -152,7 +152,8 @@ def _blame_gradient(
 
 
 def _message(what: str, where: str, current_N: Tensor, batch: PackedBatch, num_named: int = 3) -> str:
-    severity_N = torch.where(current_N.detach().isfinite(), -current_N.detach(), math.inf)
+    current_N = current_N.detach()
+    severity_N = torch.where(current_N.isfinite(), -current_N, math.inf)
     worst = severity_N.argsort(descending=True)[:num_named].tolist()
     names = [batch.sample_ids[int(batch.sequence_index_N[n])] for n in worst]
     named = "; ".join(
