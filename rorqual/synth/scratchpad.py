@@ -7,7 +7,7 @@ the answer, as it does in real worked solutions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Literal, TypeVar
 
@@ -16,14 +16,14 @@ from rorqual.records import Record
 Slip = Literal["kept", "corrected"]
 Value = TypeVar("Value", int, str)
 
-CORRECTION_PREFIX = "wait "
-"""What a corrected step starts with; `text.reflection.corrects_itself` recognises it."""
+CORRECTION = " wait"
+"""What stands between a wrong step and its correction; `text.reflection.corrects_itself` recognises it."""
 
 
 class Step(Record):
-    """One line of a worked solution: what is written, and whether it holds a slip.
+    """One step of a worked solution: what is written, with the separator before it, and whether it holds a slip.
 
-    `Step(text="4+3=8\\nwait 4+3=7", slip="corrected")`
+    `Step(text=" + 3 = 08 wait + 3 = 07", slip="corrected")`
     """
 
     text: str
@@ -38,23 +38,31 @@ class Worked(Record):
 
     @property
     def text(self) -> str:
-        """The steps, one a line."""
-        return "\n".join(step.text for step in self.steps)
+        """The steps in order; each brings its own separator."""
+        return "".join(step.text for step in self.steps)
 
 
 class Scratchpad:
-    """Collects steps. `slips` maps the number of a step, from 0, to what goes wrong there; other steps are right."""
+    """Collects steps. `slips` maps the number of a step, from 0, to what goes wrong there; other steps are right.
+
+    An expression starts with its separator, a space or a line break, so that it can follow a step or a correction.
+    """
 
     def __init__(self, rng: Random, slips: Mapping[int, Slip] | None = None) -> None:
         self.steps: list[Step] = []
         self._rng = rng
         self._slips = dict(slips or {})
 
-    def number(self, expression: str, right: int, minimum: int | None = None) -> int:
-        """Write `expression` followed by the number it equals. A slip is near it and never below `minimum`."""
-        return self.choice(expression, right, near_numbers(right, minimum))
+    def number(self, expression: str, right: int, minimum: int | None = None, width: int = 1) -> int:
+        """Write `expression` followed by the number it equals, in at least `width` digits.
 
-    def choice(self, expression: str, right: Value, alternatives: Sequence[Value]) -> Value:
+        A slip is near the right number and never below `minimum`.
+        """
+        return self.choice(expression, right, near_numbers(right, minimum), lambda value: padded(value, width))
+
+    def choice(
+        self, expression: str, right: Value, alternatives: Sequence[Value], write: Callable[[Value], str] = str
+    ) -> Value:
         """Write `expression` followed by its value; a slip is drawn from the `alternatives` that differ from `right`.
 
         Returns the value as written, on which the solver has to go on. A step without a wrong alternative stays right.
@@ -62,15 +70,20 @@ class Scratchpad:
         slip = self._slips.get(len(self.steps))
         wrong_values = [value for value in alternatives if value != right]
         if slip is None or not wrong_values:
-            self.steps.append(Step(text=f"{expression}{right}"))
+            self.steps.append(Step(text=expression + write(right)))
             return right
         wrong = self._rng.choice(wrong_values)
         if slip == "kept":
-            self.steps.append(Step(text=f"{expression}{wrong}", slip="kept"))
+            self.steps.append(Step(text=expression + write(wrong), slip="kept"))
             return wrong
-        text = f"{expression}{wrong}\n{CORRECTION_PREFIX}{expression}{right}"
+        text = expression + write(wrong) + CORRECTION + expression + write(right)
         self.steps.append(Step(text=text, slip="corrected"))
         return right
+
+
+def padded(value: int, width: int) -> str:
+    """The number with at least `width` digits, so that every line of a solution has the same layout: `-04`."""
+    return f"{'-' if value < 0 else ''}{abs(value):0{width}d}"
 
 
 def near_numbers(right: int, minimum: int | None = None) -> list[int]:

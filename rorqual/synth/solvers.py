@@ -1,7 +1,8 @@
 """Solvers that work reasoning-gym entries out step by step, in a layout that a tiny transformer can learn.
 
-Each line is local: it names the state it starts from, one operation, and the new state. Digits stand alone (the
-tokenizer splits them), arithmetic has no spaces, and the last line holds the answer.
+Each step is local: one operation, written as the question writes it (the same tokens can then be copied), and the new
+state at once after it. Numbers of one solution have one width where that is cheap, so that what a step needs stands at
+the same distance from it every time. The last step holds the answer.
 
 A solver takes a reasoning-gym entry (`question`, `answer`, `metadata`) and a Scratchpad, writes its steps on the pad
 and returns the answer in the data set's own format. It reads the problem, never the gold answer; only `restate` does.
@@ -15,7 +16,7 @@ from typing import Any
 
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-from rorqual.synth.scratchpad import Scratchpad, Slip, Worked, near_numbers
+from rorqual.synth.scratchpad import Scratchpad, Slip, Worked, near_numbers, padded
 
 Entry = Mapping[str, Any]
 Solver = Callable[[Entry, Scratchpad], str]
@@ -29,21 +30,23 @@ def solve(dataset: str, entry: Entry, rng: Random, slips: Mapping[int, Slip] | N
 
 
 def chain_sum(entry: Entry, pad: Scratchpad) -> str:
-    """Running total, term by term: `4-1=3`, `3-7=-4`."""
+    """Running total, term by term, in one chain: ` 04 - 1 = 03 - 7 = -04`."""
     tokens = str(entry["metadata"]["expression"]).split()
-    total = int(tokens[0])
+    width = 1 + max(len(term.lstrip("-")) for term in tokens[::2])
+    total = pad.number(" ", int(tokens[0]), width=width)
     for operator, term in zip(tokens[1::2], tokens[2::2], strict=True):
         change = int(term) if operator == "+" else -int(term)
-        total = pad.number(f"{total}{operator}{term}=", total + change)
+        total = pad.number(f" {operator} {term} = ", total + change, width=width)
     return str(total)
 
 
 def leg_counting(entry: Entry, pad: Scratchpad) -> str:
-    """Legs of each kind of animal, then the running total: `3 spider 3*8=24`, `24+8=32`."""
-    total: int | None = None
+    """Legs of each kind of animal as the question names it, then the running total: ` 3 spiders = 24 + 00 = 24`."""
+    total = 0
     for animal, count in entry["metadata"]["animals"].items():
-        legs = pad.number(f"{count} {animal} {count}*{ANIMALS[animal]}=", count * ANIMALS[animal], minimum=0)
-        total = legs if total is None else pad.number(f"{total}+{legs}=", total + legs, minimum=0)
+        kind = f"{animal}{'s' if count > 1 else ''}"
+        legs = pad.number(f" {count} {kind} = ", count * ANIMALS[animal], minimum=0, width=2)
+        total = pad.number(f" + {padded(total, 2)} = ", total + legs, minimum=0, width=2)
     return str(total)
 
 
@@ -57,32 +60,32 @@ def products(entry: Entry, pad: Scratchpad) -> str:
         total: int | None = None
         for position, digit in enumerate(digits):
             part = sign * int(digit) * 10 ** (len(digits) - 1 - position)
-            partial = pad.number(f"{product}*{part}=", product * part)
-            total = partial if total is None else pad.number(f"{total}+{partial}=", total + partial)
+            partial = pad.number(f"\n{product} * {part} = ", product * part)
+            total = partial if total is None else pad.number(f"\n{total} + {partial} = ", total + partial)
         product = partial if total is None else total
     return str(product)
 
 
 def count_bits(entry: Entry, pad: Scratchpad) -> str:
-    """Halve until nothing is left, counting the odd numbers: `13 odd 1 half 6`, `6 even 1 half 3`."""
+    """Halve until nothing is left, counting the odd numbers: `13 odd 1 half 6`, then `6 even 1 half 3`."""
     number, count = int(entry["metadata"]["number"]), 0
     while number:
         count += number % 2
         parity = "odd" if number % 2 else "even"
         halves = [value for value in near_numbers(number // 2, minimum=0) if value < number]
-        number = pad.choice(f"{number} {parity} {count} half ", number // 2, halves)
+        number = pad.choice(f"\n{number} {parity} {count} half ", number // 2, halves)
     return str(count)
 
 
 def gcd(entry: Entry, pad: Scratchpad) -> str:
-    """Euclid's algorithm, remainder by remainder: `78%46=32`, `46%32=14`; several numbers are folded from the left."""
+    """Euclid's algorithm: `78 % 46 = 32`, then `46 % 32 = 14`; several numbers are folded from the left."""
     numbers = [int(number) for number in entry["metadata"]["numbers"]]
     divisor = numbers[0]
     for number in numbers[1:]:
         larger, smaller = max(divisor, number), min(divisor, number)
         while smaller:
             remainders = [value for value in near_numbers(larger % smaller, minimum=0) if value < smaller]
-            remainder = pad.choice(f"{larger}%{smaller}=", larger % smaller, remainders)
+            remainder = pad.choice(f"\n{larger} % {smaller} = ", larger % smaller, remainders)
             larger, smaller = smaller, remainder
         divisor = larger
     return str(divisor)
@@ -93,16 +96,16 @@ def letter_counting(entry: Entry, pad: Scratchpad) -> str:
     letter, total = str(entry["metadata"]["target_letter"]), 0
     for word in entry["metadata"]["span"]:
         count = str(word).lower().count(letter)
-        total = pad.number(f"{word} {count} total ", total + count, minimum=0)
+        total = pad.number(f"\n{word} {count} total ", total + count, minimum=0)
     return str(total)
 
 
 def spell_backward(entry: Entry, pad: Scratchpad) -> str:
     """Spell the word, then read the letters from the back: `s u n`, `back n u s`."""
     letters = " ".join(str(entry["metadata"]["word"]))
-    spelled = pad.choice("", letters, _misspellings(letters))
+    spelled = pad.choice("\n", letters, _misspellings(letters))
     backward = " ".join(reversed(spelled.split(" ")))
-    return pad.choice("back ", backward, _misspellings(backward)).replace(" ", "")
+    return pad.choice("\nback ", backward, _misspellings(backward)).replace(" ", "")
 
 
 def number_sorting(entry: Entry, pad: Scratchpad) -> str:
@@ -112,7 +115,7 @@ def number_sorting(entry: Entry, pad: Scratchpad) -> str:
     pick = max if metadata["direction"] == "descending" else min
     ordered: list[str] = []
     while left:
-        ordered.append(pad.choice(f"of {' '.join(left)} next ", pick(left, key=float), left))
+        ordered.append(pad.choice(f"\nof {' '.join(left)} next ", pick(left, key=float), left))
         left.remove(ordered[-1])
     return str(ordered)
 
@@ -124,7 +127,7 @@ def restate(entry: Entry, pad: Scratchpad) -> str:
     """
     last_line = str(entry["question"]).strip().splitlines()[-1]
     gold = str(entry["answer"])
-    return pad.choice(f"{last_line}\nanswer ", gold, wrong_answers(gold))
+    return pad.choice(f"\n{last_line}\nanswer ", gold, wrong_answers(gold))
 
 
 def wrong_answers(gold: str) -> list[str]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Literal
 
+from rorqual.envs.dialogue import ReasoningGymTasks
 from rorqual.records import Record
 from rorqual.synth.scratchpad import Slip, Worked
 from rorqual.synth.solvers import Entry, solve, wrong_answers
@@ -63,6 +64,11 @@ class Source(Record):
     entry: Callable[[int], Entry]
 
 
+def train_source(tasks: ReasoningGymTasks) -> Source:
+    """The entries of the train split of these tasks."""
+    return Source(dataset=tasks.name, entry=lambda index: tasks.task("train", index).payload["entry"])
+
+
 class Document(Record):
     """One worked solution.
 
@@ -91,8 +97,7 @@ class Corpus:
     def document(self, index: int) -> Document:
         """The document with this number, the same whenever and in whatever order it is asked for."""
         rng = Random(f"{self.config.seed}/{index}")
-        source = self.sources[index % len(self.sources)]
-        entry = source.entry(index // len(self.sources))
+        source, entry = self._entry(index)
         shares = self.config.form_shares
         form = rng.choices(list(shares), weights=list(shares.values()))[0]
         worked, response = FORM_WRITERS[form](source.dataset, entry, rng, self.config)
@@ -104,6 +109,14 @@ class Corpus:
             answer=worked.answer,
             num_kept_slips=sum(step.slip == "kept" for step in worked.steps),
         )
+
+    def question(self, index: int) -> str:
+        """The question of document `index`, without solving it."""
+        return str(self._entry(index)[1]["question"])
+
+    def _entry(self, index: int) -> tuple[Source, Entry]:
+        source = self.sources[index % len(self.sources)]
+        return source, source.entry(index // len(self.sources))
 
 
 def _write_direct(dataset: str, entry: Entry, rng: Random, config: CorpusConfig) -> tuple[Worked, str]:

@@ -78,28 +78,27 @@ def test_a_kept_slip_usually_makes_the_answer_wrong(dataset: str) -> None:
     assert sum(score < 1.0 for score in scores) > 0.4 * len(scores)
 
 
-def test_the_state_of_a_line_is_the_result_of_the_line_before() -> None:
+def test_a_wrong_state_is_what_the_next_step_goes_on_from() -> None:
     entry = {"metadata": {"expression": "4 - 1 - 7"}}
-    assert solve("chain_sum", entry, Random(0)).text == "4-1=3\n3-7=-4"
-    slipped = solve("chain_sum", entry, Random(0), {0: "kept"})
-    first, second = slipped.text.split("\n")
-    state = first.removeprefix("4-1=")
-    assert state != "3"
-    assert second == f"{state}-7={int(state) - 7}"
+    assert solve("chain_sum", entry, Random(0)).text == " 04 - 1 = 03 - 7 = -04"
+    slipped = solve("chain_sum", entry, Random(0), {1: "kept"})
+    wrong = int(slipped.text.split()[4])
+    assert wrong != 3
+    assert int(slipped.text.split()[-1]) == wrong - 7 == int(slipped.answer)
 
 
 def test_worked_examples_of_the_other_layouts() -> None:
     animals = {"metadata": {"animals": {"spider": 3, "chicken": 4}}}
-    assert solve("leg_counting", animals, Random(0)).text == "3 spider 3*8=24\n4 chicken 4*2=8\n24+8=32"
+    assert solve("leg_counting", animals, Random(0)).text == " 3 spiders = 24 + 00 = 24 4 chickens = 08 + 24 = 32"
     assert (
         solve("gcd", {"metadata": {"numbers": [46, 78]}}, Random(0)).text
-        == "78%46=32\n46%32=14\n32%14=4\n14%4=2\n4%2=0"
+        == "\n78 % 46 = 32\n46 % 32 = 14\n32 % 14 = 4\n14 % 4 = 2\n4 % 2 = 0"
     )
     assert (
         solve("products", {"metadata": {"expression": "27 * 43"}}, Random(0)).text
-        == "27*40=1080\n27*3=81\n1080+81=1161"
+        == "\n27 * 40 = 1080\n27 * 3 = 81\n1080 + 81 = 1161"
     )
-    assert solve("spell_backward", {"metadata": {"word": "sun"}}, Random(0)).text == "s u n\nback n u s"
+    assert solve("spell_backward", {"metadata": {"word": "sun"}}, Random(0)).text == "\ns u n\nback n u s"
 
 
 @pytest.mark.parametrize("dataset", ["lcm", "caesar_cipher", "fraction_simplification", "syllogism", "rotate_matrix"])

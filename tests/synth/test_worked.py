@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import reasoning_gym
 
-from rorqual.synth.scratchpad import CORRECTION_PREFIX
-from rorqual.synth.worked import Corpus, CorpusConfig, Document, Source
+from rorqual.envs.dialogue import ReasoningGymTasks
+from rorqual.synth.scratchpad import CORRECTION
+from rorqual.synth.worked import Corpus, CorpusConfig, Document, Source, train_source
 from rorqual.text.reflection import corrects_itself
 
 WELL_FORMED = re.compile(r"<think>.+</think> <answer>([^<>]+)</answer>", re.DOTALL)
@@ -55,7 +56,7 @@ def test_share_of_wrong_steps_is_kept_and_they_make_answers_wrong() -> None:
     num_steps = num_slips = num_wrong = num_with_one_slip = 0
     for index in range(2000):
         document = corpus.document(index)
-        num_steps += document.response.count("=")
+        num_steps += document.response.count("=") + 1
         num_slips += document.num_kept_slips
         if document.num_kept_slips == 1:
             num_with_one_slip += 1
@@ -84,7 +85,7 @@ def test_self_correcting_documents_correct_once_and_end_right(dataset: str) -> N
         document = corpus.document(index)
         assert stated_score(items, document, index, WELL_FORMED) == 1.0
         assert corrects_itself(document.response)
-        assert document.response.count(CORRECTION_PREFIX) == 1
+        assert document.response.count(CORRECTION) == 1
 
 
 def test_malformed_documents_lack_a_tag() -> None:
@@ -132,6 +133,14 @@ def test_sources_take_turns_and_no_entry_is_used_twice() -> None:
 def test_shares_out_of_range_are_refused_by_name(config: dict[str, float], named: str) -> None:
     with pytest.raises(ValueError, match=re.escape(named)):
         CorpusConfig(**config)
+
+
+@pytest.mark.parametrize("dataset", ["chain_sum", "leg_counting", "letter_counting", "number_sorting"])
+def test_documents_of_the_train_split_ask_its_questions(dataset: str) -> None:
+    tasks = ReasoningGymTasks(dataset)
+    corpus = Corpus(CorpusConfig(), [train_source(tasks)])
+    for index in range(50):
+        assert corpus.document(index).question == tasks.task("train", index).messages[-1].content
 
 
 def test_a_corpus_without_sources_is_refused() -> None:
