@@ -1,8 +1,8 @@
 """Scores an answer with the scorer of the reasoning-gym data set that its task came from.
 
 Those scorers were written for honest answers. Some evaluate the answer as Python, or hand it to sympy, which does the
-same; some never return from a huge exponent. A policy under training writes anything, so an answer reaches a scorer
-only if it could be right: what does not look like an answer of that data set scores 0 unread.
+same; some never return from a huge exponent; some take `nan` for any number. A policy under training writes anything,
+so an answer reaches a scorer only if it could be right: what cannot be an answer of that data set scores 0 unread.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ GUARDS: dict[str, re.Pattern[str]] = {
     "spiral_matrix": _LIST_OF_NUMBERS,
     "string_insertion": re.compile(r"[A-Z\s,'\"\[\]]{0,4000}"),
 }
-"""Data set -> what the whole of an answer has to match before its scorer, which would evaluate it, may see it."""
+"""Data set -> what the whole of an answer has to match before its scorer may see it."""
 
 _EXPLOSIVE = re.compile(r"\d[eE][+-]?\d{4}|\d{1000}")
+_NOT_A_NUMBER = re.compile(r"(?<![a-z])s?(?:nan|inf|infinity)(?![a-z])", re.IGNORECASE)
 
 
 def reference_score(payload: dict[str, Any], answer: str) -> float:
@@ -57,7 +58,7 @@ def reference_score(payload: dict[str, Any], answer: str) -> float:
     if missing:
         raise ValueError(f"The task's payload has no {sorted(missing)}: accuracy can only judge reasoning-gym tasks.")
     name = payload["dataset"]
-    if not is_admissible(name, answer):
+    if not is_admissible(name, answer) or _feigns_a_number(answer, payload["entry"]["answer"]):
         return 0.0
     scorer = _scorer(name, json.dumps(payload.get("options", {}), sort_keys=True))
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # some scorers print or warn
@@ -72,6 +73,11 @@ def is_admissible(dataset: str, answer: str) -> bool:
         return False
     guard = GUARDS.get(dataset)
     return guard is None or guard.fullmatch(answer) is not None
+
+
+def _feigns_a_number(answer: str, reference: str) -> bool:
+    """Whether `answer` says `nan` or `inf`, with which comparisons of numbers break, and the reference does not."""
+    return _NOT_A_NUMBER.search(answer) is not None and _NOT_A_NUMBER.search(reference) is None
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,153 @@
+"""Tasks of the library: the same by name everywhere, splits that cannot meet, defective data sets refused."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from reasoning_gym.factory import DATASETS
+
+from rorqual.envs.dialogue import (
+    CHUNK_SIZE,
+    REFUSED,
+    SPLITS,
+    DialogueConfig,
+    DialogueEnvironment,
+    ReasoningGymConfig,
+    ReasoningGymTasks,
+    held_out,
+    question_of,
+)
+from rorqual.records import Message, Task, from_json, to_json
+
+SUMS = ReasoningGymTasks("chain_sum", {"min_terms": 2, "max_terms": 2, "max_digits": 1})
+
+
+def test_a_task_shows_the_question_and_carries_the_entry() -> None:
+    task = ReasoningGymTasks("chain_sum").task("test", 5)
+    entry = task.payload["entry"]
+    assert task.messages == (Message(role="user", content=entry["question"]),)
+    assert (task.task_id, task.environment, task.domain) == ("chain_sum/test/5", "dialogue", "mathematics")
+    expression = entry["metadata"]["expression"]
+    assert expression in entry["question"]
+    assert sum(int(term) for term in expression.replace("- ", "-").replace("+ ", "").split()) == int(entry["answer"])
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "acre", "gsm_symbolic", "word_ladder", "leg_counting"])
+def test_a_task_is_the_same_in_any_order_and_in_any_object(name: str) -> None:
+    indices = [0, 3, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1]
+    first, second = ReasoningGymTasks(name), ReasoningGymTasks(name)
+    forward = [first.task("train", index) for index in indices]
+    backward = [second.task("train", index) for index in reversed(indices)]
+    assert to_json(forward) == to_json(backward[::-1])
+
+
+def test_the_ranges_of_seeds_are_disjoint_and_wide() -> None:
+    for one, other in itertools.combinations(SPLITS.values(), 2):
+        assert max(one.start, other.start) >= min(one.stop, other.stop)
+    assert all(seeds.start >= 0 and seeds.stop <= 2**32 for seeds in SPLITS.values())
+    assert all(len(seeds) % CHUNK_SIZE == len(seeds) % 1000 for seeds in SPLITS.values())
+
+
+@pytest.mark.parametrize("name", ["countdown", "leg_counting", "knights_knaves"])
+def test_item_i_of_a_split_is_the_librarys_item_of_seed_start_plus_i(name: str) -> None:
+    for split, seeds in SPLITS.items():
+        for index in (0, 1, CHUNK_SIZE + 2):
+            dataset, config = DATASETS[name]
+            entry = dataset(config(seed=seeds.start + index, size=1))[0]
+            assert question_of(ReasoningGymTasks(name).task(split, index)) == entry["question"]
+
+
+def test_the_ends_of_a_split_are_its_ends() -> None:
+    for split, seeds in SPLITS.items():
+        assert SUMS.task(split, len(seeds) - 1).task_id == f"chain_sum/{split}/{len(seeds) - 1}"
+        for index in (-1, len(seeds)):
+            with pytest.raises(ValueError, match="outside split"):
+                SUMS.task(split, index)
+    with pytest.raises(ValueError, match="train, validation, test"):
+        SUMS.task("dev", 0)
+
+
+def test_held_out_drops_questions_that_were_trained_on_and_repeats() -> None:
+    trained = {question_of(SUMS.task("train", index)) for index in range(60)}
+    plain = [question_of(task) for task in itertools.islice(SUMS.tasks("test"), 60)]
+    assert trained.intersection(plain), "one-digit sums must collide, or this test shows nothing"
+    kept = [question_of(task) for task in held_out(itertools.islice(SUMS.tasks("test"), 60), trained)]
+    assert trained.isdisjoint(kept)
+    assert len(set(kept)) == len(kept)
+    assert set(kept) == set(plain) - trained
+
+
+def test_tasks_begin_where_they_are_told() -> None:
+    assert [task.task_id for task in itertools.islice(SUMS.tasks("train", 7), 2)] == [
+        "chain_sum/train/7",
+        "chain_sum/train/8",
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_defective_data_sets_are_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(ValueError, match="refused") as error:
+        ReasoningGymTasks(name)
+    assert REFUSED[name] in str(error.value)
+    assert name in DATASETS, "a name that the library dropped should leave the list"
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="nearest: chain_sum"):
+        ReasoningGymTasks("chainsum")
+
+
+def test_bad_options_are_named() -> None:
+    with pytest.raises(ValueError, match=r"refuses the options.*max_term.*ChainSumConfig"):
+        ReasoningGymTasks("chain_sum", {"max_term": 3})
+    with pytest.raises(ValueError, match="refuses the options"):
+        ReasoningGymTasks("chain_sum", {"min_terms": 9, "max_terms": 3})
+    with pytest.raises(ValueError, match=r"\['seed'\].*set by the split"):
+        ReasoningGymTasks("chain_sum", {"seed": 3})
+
+
+@pytest.mark.parametrize(("name", "domain"), [("gcd", "mathematics"), ("bf", "programming"), ("maze", "logic")])
+def test_the_domain_follows_the_category_unless_it_is_given(name: str, domain: str) -> None:
+    assert ReasoningGymTasks(name).domain == domain
+    config = ReasoningGymConfig(name=name, domain="puzzles")
+    assert ReasoningGymTasks.from_config(config).task("train", 0).domain == "puzzles"
+
+
+def test_options_reach_the_task_and_travel_with_it() -> None:
+    task = SUMS.task("train", 0)
+    assert task.payload["options"] == {"min_terms": 2, "max_terms": 2, "max_digits": 1}
+    assert from_json(to_json(task), Task) == task
+
+
+def test_the_environment_shows_the_question_and_ends_after_one_response() -> None:
+    task = SUMS.task("train", 0)
+    environment = DialogueEnvironment(DialogueConfig(system="Be brief.", suffix=" Think first."))
+    shown = environment.start(task)
+    assert shown == (
+        Message(role="system", content="Be brief."),
+        Message(role="user", content=question_of(task) + " Think first."),
+    )
+    assert DialogueEnvironment().start(task) == task.messages
+    said = Message(role="assistant", thinking="4+3=7", content=" <answer>7</answer>")
+    assert environment.respond(task, [*shown, said]) == ()
+    evidence = environment.evidence(task, [*shown, said], [], "stop")
+    assert (evidence.response, evidence.thinking, evidence.answer) == (
+        "<think>4+3=7</think> <answer>7</answer>",
+        "4+3=7",
+        "7",
+    )
+    nothing = environment.evidence(task, shown, [], "prompt_too_long")
+    assert (nothing.response, nothing.answer, nothing.end) == ("", None, "prompt_too_long")
+
+
+def test_an_example_in_the_prompt_is_no_evidence() -> None:
+    example = (Message(role="user", content="1 + 1 ="), Message(role="assistant", content="\\boxed{2}"))
+    task = Task(task_id="t", environment="dialogue", domain="x", messages=(*example, Message(role="user", content="?")))
+    environment = DialogueEnvironment()
+    assert environment.evidence(task, environment.start(task), [], "prompt_too_long").answer is None
+
+
+def test_a_task_without_a_question_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not end with a user message"):
+        DialogueEnvironment().start(Task(task_id="t", environment="dialogue", domain="x", messages=()))
