@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -420,8 +421,6 @@ def test_a_failed_save_keeps_the_old_checkpoint(
 def test_a_crash_between_moves_never_leaves_a_mixture(
     pair: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves_allowed: int
 ) -> None:
-    import os
-
     old, new = pair("llama", 0).decoder, pair("llama", 1).decoder
     save_checkpoint(old, tmp_path, max_shard_bytes=9000)
     replace, done = os.replace, 0
