@@ -11,9 +11,11 @@ Code, formulas, numbers, LaTeX commands, tags, single letters and short abbrevia
 left out.
 
 Limits: the Latin-script languages are those in `LATIN_LANGUAGES`; a word of any other counts for the one it looks
-most like. Names, loan words and single foreign words without a cue take the language of their sentence. Han characters
-count as Chinese unless kana share the sentence. A sentence without any cue counts as the target language: what cannot
-be told is not punished.
+most like. Names, loan words and single foreign words without a cue take the language of their sentence, but in a text
+of another script they count against it. Han characters count as Chinese unless kana share the sentence. A sentence
+without any cue counts as the target, if that has the Latin script: what cannot be told is not punished.
+
+Shapes: W words of a sentence, L Latin-script languages.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 FREQUENT_WORDS: dict[str, str] = {
     "en": """
@@ -117,6 +122,7 @@ _FREQUENT = {language: frozenset(words.split()) for language, words in FREQUENT_
 _SPELLED = {language: re.compile(pattern) for language, pattern in _SPELLING.items()}
 _FREQUENT_WEIGHT, _SPELLING_WEIGHT, _SENTENCE_WEIGHT = 2.0, 0.5, 0.1
 _NEIGHBOUR_WEIGHTS = (0.5, 0.25, 0.125)
+_TIE_WEIGHT = 1e-6  # decides for the target where nothing else does
 
 
 def language_share(text: str, language: str) -> float | None:
@@ -160,32 +166,22 @@ def _is_word(word: str) -> bool:
 
 def _latin_languages(words: Sequence[str], target: str) -> list[str]:
     """The language of each word of a sentence: its own cues, then its neighbours', then the sentence's."""
-    cues = [_cues(word.lower().replace("’", "'")) for word in words]
-    means = {language: sum(cue[language] for cue in cues) / len(cues) for language in LATIN_LANGUAGES if cues}
-    result = []
-    for position in range(len(words)):
-        scores = {
-            language: _near(cues, position, language) + _SENTENCE_WEIGHT * means[language]
-            for language in LATIN_LANGUAGES
-        }
-        best = max(scores.values())
-        leaders = [language for language in LATIN_LANGUAGES if scores[language] == best]
-        result.append(target if target in leaders or best == 0.0 else leaders[0])
-    return result
-
-
-def _near(cues: Sequence[dict[str, float]], position: int, language: str) -> float:
-    total = cues[position][language]
+    if not words:
+        return []
+    cues_WL = np.array([_cues(word.lower().replace("’", "'")) for word in words])
+    scores_WL = cues_WL + _SENTENCE_WEIGHT * cues_WL.mean(axis=0)
     for distance, weight in enumerate(_NEIGHBOUR_WEIGHTS, start=1):
-        before = cues[position - distance][language] if position >= distance else 0.0
-        after = cues[position + distance][language] if position + distance < len(cues) else 0.0
-        total += weight * (before + after)
-    return total
+        scores_WL[distance:] += weight * cues_WL[:-distance]
+        scores_WL[:-distance] += weight * cues_WL[distance:]
+    if target in LATIN_LANGUAGES:
+        scores_WL[:, LATIN_LANGUAGES.index(target)] += _TIE_WEIGHT
+    return [LATIN_LANGUAGES[best] for best in scores_WL.argmax(axis=1)]
 
 
-def _cues(word: str) -> dict[str, float]:
-    """How strongly a word speaks for each language; a frequent word that several share speaks for each in part."""
-    owners = [language for language in LATIN_LANGUAGES if word in _FREQUENT[language]]
-    if owners:
-        return {name: _FREQUENT_WEIGHT / len(owners) if name in owners else 0.0 for name in LATIN_LANGUAGES}
-    return {name: _SPELLING_WEIGHT if _SPELLED[name].search(word) else 0.0 for name in LATIN_LANGUAGES}
+@lru_cache(maxsize=50_000)
+def _cues(word: str) -> tuple[float, ...]:
+    """How strongly a word speaks for each Latin-script language; a frequent word of several speaks for each in part."""
+    owners = [word in _FREQUENT[language] for language in LATIN_LANGUAGES]
+    if any(owners):
+        return tuple(_FREQUENT_WEIGHT * owns / sum(owners) for owns in owners)
+    return tuple(_SPELLING_WEIGHT * bool(_SPELLED[language].search(word)) for language in LATIN_LANGUAGES)

@@ -1,7 +1,7 @@
 """The share of words in a language: whole texts, mixtures, and what is no word at all.
 
-The texts are article 1 of the Universal Declaration of Human Rights and lines of reasoning; the word lists were not made
-from them.
+The texts are article 1 of the Universal Declaration of Human Rights and lines of reasoning; the word lists were not
+made from them.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ def test_han_beside_kana_is_japanese_and_alone_chinese() -> None:
 
 def test_words_without_a_cue_count_for_the_target() -> None:
     assert language_share("Mary Bob", "en") == language_share("Mary Bob", "de") == 1.0
+    assert language_share("Mary Bob", "zh") == 0.0
 
 
 def test_an_unknown_language_is_refused() -> None:
