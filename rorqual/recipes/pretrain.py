@@ -1,0 +1,111 @@
+"""The pre-training stage: a language model of worked solutions, from random weights, on the corpus of synth/worked.py.
+
+In: a corpus, an encoding, a model. Out: the model's weights moved, and checkpoints that a killed run goes on from.
+The data cursor is one integer: documents are made from their index.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+from rorqual.recipes.progress import Progress
+from rorqual.records import Message, Record
+from rorqual.models.decoder import Decoder
+from rorqual.store.run import Run
+from rorqual.synth.worked import Corpus, Document
+from rorqual.text.encoding import Encoding
+from rorqual.text.tokenizer import Tokenizer, train_tokenizer
+from rorqual.train.checkpoint import load_training_state, save_training_state
+from rorqual.train.data import pack_documents
+from rorqual.train.objectives import language_model_objective
+from rorqual.train.optim import OptimizerConfig, build_optimizer
+from rorqual.train.step import train_step
+
+STAGE = "pretrain"
+
+
+class PretrainConfig(Record):
+    """Length and pace of pre-training. prompt_weight: loss weight of the question's tokens, 1 for those of the
+    answer."""
+
+    num_steps: int = 1000
+    documents_per_step: int = 64
+    token_budget: int = 8192
+    prompt_weight: float = 0.1
+    checkpoint_every_steps: int = 200
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class TokenizerConfig(Record):
+    """path: an existing tokenizer.json, or a directory with one; empty trains one on the first documents of the
+    corpus."""
+
+    path: str = ""
+    num_documents: int = 4000
+
+
+def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, corpus: Corpus, run: Run) -> Tokenizer:
+    """The tokenizer of the run, else the one that the config names, else one trained now; it is saved with the run.
+
+    Raises: ValueError when it has more tokens than `vocab_size`, the model's rows.
+    """
+    directory = run.path / "tokenizer"
+    if (directory / "tokenizer.json").exists():
+        return Tokenizer.load(directory)
+    if config.path:
+        tokenizer = Tokenizer.load(config.path)
+    else:
+        documents = (corpus.document(index) for index in range(config.num_documents))
+        tokenizer = train_tokenizer([d.question + d.response for d in documents], vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size} embeddings; set model.vocab_size "
+            "to at least that."
+        )
+    tokenizer.save(directory)
+    return tokenizer
+
+
+def encode_document(document: Document, encoding: Encoding, prompt_weight: float) -> tuple[array[int], array[float]]:
+    """Ids and loss weights of one document as the conversation that RL will sample: question, then response."""
+    messages = (Message(role="user", content=document.question), Message(role="assistant", content=document.response))
+    ids, sampled = encoding.conversation(messages)
+    return ids, array("f", [1.0 if each else prompt_weight for each in sampled])
+
+
+def run_pretrain(
+    config: PretrainConfig, model: Decoder, corpus: Corpus, encoding: Encoding, run: Run, progress: Progress
+) -> None:
+    """Train `model` in place; resumes from the newest checkpoint of this run."""
+    optimizer = build_optimizer(model, config.optimizer)
+    done = 0
+    checkpoint = run.latest_checkpoint(STAGE)
+    if checkpoint is not None:
+        load_training_state(Path(checkpoint.path), model, optimizer)
+        done = checkpoint.step
+    run.rewind(STAGE, done)
+    with progress.bar(STAGE, config.num_steps) as bar:
+        for step in range(done, config.num_steps):
+            documents = _documents(corpus, encoding, step, config)
+            batches = pack_documents(
+                [ids for ids, _ in documents],
+                config.token_budget,
+                weights=[weights for _, weights in documents],
+                device=model.embed_tokens.weight.device,
+            )
+            stats = train_step(model, optimizer, batches, language_model_objective(batches), config.optimizer, step)
+            figures = {"loss": stats.loss, "gradient_norm": stats.gradient_norm, "learning_rate": stats.learning_rate}
+            run.append_metrics(STAGE, step + 1, {**figures, "num_tokens": stats.num_tokens, "seconds": stats.seconds})
+            bar.advance(step + 1, {"loss": stats.loss})
+            if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == config.num_steps:
+                run.write_checkpoint(STAGE, step + 1, lambda path: save_training_state(path, model, optimizer, {}))
+
+
+def _documents(
+    corpus: Corpus, encoding: Encoding, step: int, config: PretrainConfig
+) -> Sequence[tuple[array[int], array[float]]]:
+    first = step * config.documents_per_step
+    indices = range(first, first + config.documents_per_step)
+    return [encode_document(corpus.document(index), encoding, config.prompt_weight) for index in indices]
