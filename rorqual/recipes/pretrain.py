@@ -10,9 +10,9 @@ from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
+from rorqual.models.decoder import Decoder
 from rorqual.recipes.progress import Progress
 from rorqual.records import Message, Record
-from rorqual.models.decoder import Decoder
 from rorqual.store.run import Run
 from rorqual.synth.worked import Corpus, Document
 from rorqual.text.encoding import Encoding
@@ -61,8 +61,8 @@ def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, corpus: Corpus, 
         tokenizer = train_tokenizer([d.question + d.response for d in documents], vocab_size)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
-            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size} embeddings; set model.vocab_size "
-            "to at least that."
+            f"The tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size} embeddings; set "
+            "model.vocab_size to at least that."
         )
     tokenizer.save(directory)
     return tokenizer

@@ -9,7 +9,7 @@ The objective is V3.2's by default: GRPO with its four repairs (arXiv 2512.02556
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from rorqual.models.config import ModelConfig
 from rorqual.models.decoder import Decoder
 from rorqual.recipes.grpo import GrpoConfig, GrpoParts, run_grpo
 from rorqual.recipes.pretrain import PretrainConfig, TokenizerConfig, prepare_tokenizer, run_pretrain
-from rorqual.recipes.progress import Progress
+from rorqual.recipes.progress import Bar, Progress
 from rorqual.records import Record, SamplingParams, Task
 from rorqual.rewards.rules import RewardConfig, load_rewards
 from rorqual.store.run import Run
@@ -170,17 +170,9 @@ class _Bench:
         player = Player(label, engine, self.environments, self.encoding, self.rewards)
         tasks = self.held_out_tasks()
         for protocol in (greedy, sampled):
-            total = len(tasks) * protocol.num_samples
-            with self.progress.bar(f"evaluate {label}, {protocol.name}", total) as bar:
-                summary = evaluate(
-                    self.run,
-                    f"{label}-{protocol.name}",
-                    tasks,
-                    player,
-                    protocol,
-                    self.config.seed,
-                    on_sample=lambda done, _, bar=bar: bar.advance(done),
-                )
+            name = f"{label}-{protocol.name}"
+            with self.progress.bar(f"evaluate {name}", len(tasks) * protocol.num_samples) as bar:
+                summary = evaluate(self.run, name, tasks, player, protocol, self.config.seed, _reporter(bar))
             self.progress.say(f"{label}, {protocol.name}: accuracy {summary.mean:.1%}")
 
     def held_out_tasks(self) -> list[Task]:
@@ -201,6 +193,10 @@ class _Bench:
             num_documents = pretrain.num_steps * pretrain.documents_per_step
             questions |= {self.corpus.question(index) for index in range(num_documents)}
         return questions
+
+
+def _reporter(bar: Bar) -> Callable[[int, int], None]:
+    return lambda done, total: bar.advance(done)
 
 
 def _corpus_source(tasks: ReasoningGymTasks) -> Source:
