@@ -36,7 +36,7 @@ def make_rollouts(encoding: Encoding) -> Rollouts:
     model = Decoder(config).eval()
     model.initialize(torch.Generator().manual_seed(1))
     with torch.no_grad():  # an end token that is likely, so that episodes have a second turn
-        model.lm_head.weight[encoding.stop_token_ids[0]] *= 100.0
+        model.lm_head.weight[encoding.stop_token_ids[0]] *= 30.0
     return Rollouts(LocalEngine(model), {"interview": Interviewer(1)}, encoding, CONFIG, group_size=3, run_seed=4)
 
 
@@ -54,8 +54,8 @@ def test_interrupted_equals_uninterrupted_and_segments_are_complete(encoding: En
         states.append((walker.state_dict(), list(finished)))
         finished += walker.step()
     expected = to_json(finished)
-    assert len(states) > 8
-    for state, before in states[::4]:
+    assert len(states) > 4
+    for state, before in states[::3]:
         resumed = make_rollouts(encoding)
         resumed.load_state_dict(state)
         assert play(resumed, before) == expected
