@@ -6,6 +6,7 @@ received. Resuming sends them to a fresh episode, which therefore stands where t
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,9 @@ class Rollouts:
 
     def step(self) -> list[Group]:
         """Advance the engine once. Returns the groups that are finished, in the order in which they were added."""
-        if self._engine.num_unfinished:
+        if self._waiting and not self._engine.num_unfinished:
+            raise ValueError(f"The engine has nothing in flight, but {len(self._waiting)} episodes wait for it.")
+        if self._waiting:
             completions = {completion.request_id: completion for completion in self._engine.step()}
             received = [
                 (self._waiting.pop(name), completions.pop(name)) for name in list(self._waiting) if name in completions
@@ -107,7 +110,7 @@ class Rollouts:
     def state_dict(self) -> dict[str, Any]:
         """Everything in flight: the engine's state, and the groups as JSON text."""
         groups = [group.state() for group in self._groups.values()]
-        waiting = list(self._waiting)
+        waiting = {request_id: _digest(episode.request) for request_id, episode in self._waiting.items()}
         return {"engine": self._engine.state_dict(), "groups": to_json(groups).decode(), "waiting": waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -120,9 +123,11 @@ class Rollouts:
         self._engine.load_state_dict(state["engine"])
         for saved in from_json(state["groups"], list[GroupState]):
             self._restore(saved)
-        if set(self._waiting) != set(state["waiting"]):
+        resumed = {request_id: _digest(episode.request) for request_id, episode in self._waiting.items()}
+        if resumed != state["waiting"]:
             raise ValueError(
-                "The resumed episodes wait for other completions than the saved ones: the encoding differs."
+                "The resumed episodes do not ask what the saved ones asked: the environment, the encoding or the seed "
+                "has changed. Resume with the code and the config of the run."
             )
         self._waiting = {request_id: self._waiting[request_id] for request_id in state["waiting"]}
 
@@ -176,6 +181,7 @@ class _LiveEpisode:
 
     def __init__(self, play: Episode) -> None:
         self._play = play
+        self.request: GenerateRequest | None = None
         self._completions: list[Completion] = []
         self.trajectory: Trajectory | None = None
 
@@ -183,12 +189,13 @@ class _LiveEpisode:
         """Start (None) or go on; gives the next request, or None once there is a trajectory."""
         try:
             if completion is None:
-                return next(self._play)
-            self._completions.append(completion)
-            return self._play.send(completion)
+                self.request = next(self._play)
+            else:
+                self._completions.append(completion)
+                self.request = self._play.send(completion)
         except StopIteration as stop:
-            self.trajectory = stop.value
-            return None
+            self.request, self.trajectory = None, stop.value
+        return self.request
 
     def state(self) -> EpisodeState:
         if self.trajectory is not None:
@@ -215,3 +222,8 @@ class _LiveGroup:
 
     def state(self) -> GroupState:
         return GroupState(task=self.task, step=self.step, episodes=tuple(e.state() for e in self.episodes))
+
+
+def _digest(request: GenerateRequest | None) -> str:
+    """What a request asks, in short: equal digests mean that an episode was replayed to the same place."""
+    return hashlib.sha256(to_json(request)).hexdigest()

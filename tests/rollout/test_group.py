@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
-from rorqual.records import SamplingParams, to_json
+from rorqual.records import Message, SamplingParams, Task, to_json
 from rorqual.rollout.episode import EpisodeConfig
 from rorqual.rollout.group import Group, Rollouts
 from rorqual.text.encoding import Encoding
@@ -108,11 +110,39 @@ def test_bad_use_is_refused(encoding: Encoding) -> None:
         Rollouts(FakeEngine(9), {}, encoding, CONFIG, 2, 0).add(TASKS, 0)
 
 
-def test_resume_with_another_environment_is_refused(encoding: Encoding) -> None:
-    rollouts = make_rollouts(encoding)
+class Mumbler(Interviewer):
+    """Asks as often as its parent, in other words."""
+
+    def respond(self, task: Task, messages: Sequence[Message]) -> tuple[Message, ...]:
+        asked = super().respond(task, messages)
+        return tuple(Message(role="user", content="hm") for _ in asked)
+
+
+@pytest.mark.parametrize("environment", [Interviewer(0), Mumbler(2)])
+def test_resume_with_another_environment_is_refused(encoding: Encoding, environment: Interviewer) -> None:
+    engine = FakeEngine(encoding.tokenizer.vocab_size)
+    rollouts = Rollouts(engine, {"interview": Interviewer(2)}, encoding, CONFIG, 3, 11)
     rollouts.add(TASKS, step=0)
-    while len(rollouts._engine.submitted) < 15:
+    while not any(request.request_id.endswith(".1") for request in engine.submitted):
         rollouts.step()
-    other = Rollouts(FakeEngine(300), {"interview": Interviewer(0)}, encoding, CONFIG, 3, 11)
+    other = Rollouts(FakeEngine(encoding.tokenizer.vocab_size), {"interview": environment}, encoding, CONFIG, 3, 11)
     with pytest.raises(ValueError, match="environment"):
         other.load_state_dict(rollouts.state_dict())
+
+
+def test_resume_with_another_seed_or_group_size_is_refused(encoding: Encoding) -> None:
+    rollouts = make_rollouts(encoding)
+    rollouts.add(TASKS, step=0)
+    with pytest.raises(ValueError, match="seed has changed"):
+        make_rollouts(encoding, run_seed=12).load_state_dict(rollouts.state_dict())
+    with pytest.raises(ValueError, match="have 3 episodes, these Rollouts 2"):
+        make_rollouts(encoding, group_size=2).load_state_dict(rollouts.state_dict())
+
+
+def test_an_engine_that_loses_a_request_is_found_out(encoding: Encoding) -> None:
+    engine = FakeEngine(encoding.tokenizer.vocab_size)
+    rollouts = Rollouts(engine, {"interview": Interviewer(2)}, encoding, CONFIG, 3, 11)
+    rollouts.add(TASKS, step=0)
+    engine.load_state_dict({"flight": []})
+    with pytest.raises(ValueError, match="12 episodes wait"):
+        rollouts.step()
