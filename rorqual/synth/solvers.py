@@ -31,7 +31,20 @@ def solve(dataset: str, entry: Entry, rng: Random, slips: Mapping[int, Slip] | N
 
 def chain_sum(entry: Entry, pad: Scratchpad) -> str:
     """Running total, term by term, in one chain: ` 04 - 1 = 03 - 7 = -04`."""
+    return _running_total(str(entry["metadata"]["expression"]).split(), pad)
+
+
+def basic_arithmetic(entry: Entry, pad: Scratchpad) -> str:
+    """As `chain_sum` for sums and differences of plain numbers; other expressions are restated.
+
+    Options that give such sums: `operators = ["+", "-"]`, `allow_parentheses = false`, `allow_negation = false`.
+    """
     tokens = str(entry["metadata"]["expression"]).split()
+    flat = all(term.isdigit() for term in tokens[::2]) and set(tokens[1::2]) <= {"+", "-"}
+    return _running_total(tokens, pad) if flat else restate(entry, pad)
+
+
+def _running_total(tokens: list[str], pad: Scratchpad) -> str:
     width = 1 + max(len(term.lstrip("-")) for term in tokens[::2])
     total = pad.number(" ", int(tokens[0]), width=width)
     for operator, term in zip(tokens[1::2], tokens[2::2], strict=True):
@@ -156,6 +169,7 @@ def _swaps(items: list[str], separator: str) -> list[str]:
 
 SOLVERS: dict[str, Solver] = {
     "chain_sum": chain_sum,
+    "basic_arithmetic": basic_arithmetic,
     "leg_counting": leg_counting,
     "products": products,
     "count_bits": count_bits,

@@ -12,6 +12,7 @@ from rorqual.synth.solvers import SOLVERS, restate, solve, wrong_answers
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 1, "max_terms": 6, "max_digits": 3, "allow_negation": True},
+    "basic_arithmetic": {"max_digits": 2, "operators": ["+", "-"], "allow_parentheses": False},
     "leg_counting": {"min_animals": 1, "max_animals": 5},
     "products": {"min_terms": 1, "max_terms": 3, "max_digits": 3, "allow_negation": True},
     "count_bits": {"max_n": 100_000},
@@ -29,6 +30,16 @@ def make(dataset: str) -> Any:
 
 def test_the_options_cover_every_solver() -> None:
     assert set(OPTIONS) == set(SOLVERS)
+
+
+def test_an_expression_that_is_no_plain_sum_is_restated() -> None:
+    items = reasoning_gym.create_dataset("basic_arithmetic", seed=7, size=NUM_ITEMS)
+    kinds = set()
+    for entry in items:
+        worked = solve("basic_arithmetic", entry, Random(0))
+        assert items.score_answer(worked.answer, entry) == 1.0
+        kinds.add(worked.text.startswith("\n"))
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("dataset", SOLVERS)
@@ -53,7 +64,9 @@ def test_a_corrected_slip_anywhere_leaves_the_answer_right(dataset: str) -> None
         assert len(worked.steps) == num_steps
 
 
-@pytest.mark.parametrize("dataset", ["chain_sum", "leg_counting", "letter_counting", "spell_backward"])
+@pytest.mark.parametrize(
+    "dataset", ["chain_sum", "basic_arithmetic", "leg_counting", "letter_counting", "spell_backward"]
+)
 def test_a_kept_slip_in_the_first_step_always_reaches_the_answer(dataset: str) -> None:
     items = make(dataset)
     num_slips = 0
