@@ -45,7 +45,7 @@ def basic_arithmetic(entry: Entry, pad: Scratchpad) -> str:
 
 
 def _running_total(tokens: list[str], pad: Scratchpad) -> str:
-    width = 1 + max(len(term.lstrip("-")) for term in tokens[::2])
+    width = max(2, len(str(sum(abs(int(term)) for term in tokens[::2]))))
     total = pad.number(" ", int(tokens[0]), width=width)
     for operator, term in zip(tokens[1::2], tokens[2::2], strict=True):
         change = int(term) if operator == "+" else -int(term)
