@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -50,23 +51,25 @@ def test_a_group_does_not_depend_on_what_else_is_in_flight(encoding: Encoding) -
     assert to_json(together) == to_json(alone)
 
 
-def test_interrupted_at_every_step_equals_uninterrupted(encoding: Encoding) -> None:
-    whole = make_rollouts(encoding)
-    whole.add(TASKS, step=0)
-    expected = to_json(play(whole))
+@pytest.mark.parametrize("max_in_flight", [2, 5])
+def test_interrupted_at_every_step_equals_uninterrupted(encoding: Encoding, max_in_flight: int) -> None:
+    def fresh() -> Rollouts:
+        return make_rollouts(encoding, max_in_flight=max_in_flight)
 
-    walker = make_rollouts(encoding)
+    walker = fresh()
     walker.add(TASKS, step=0)
-    before: list[Group] = []
-    num_interruptions = 0
+    states: list[tuple[dict[str, Any], list[Group], int]] = []
+    finished: list[Group] = []
     while walker.num_unfinished:
-        resumed = make_rollouts(encoding)
-        resumed.load_state_dict(walker.state_dict())
-        assert to_json(play(resumed, before)) == expected
-        before += walker.step()
-        num_interruptions += 1
-    assert num_interruptions > 20
-    assert to_json(before) == expected
+        states.append((walker.state_dict(), list(finished), len(walker._engine.submitted)))
+        finished += walker.step()
+    asked = [request.request_id for request in walker._engine.submitted]
+    assert len(states) > 20
+    for state, before, num_submitted in states:
+        resumed = fresh()
+        resumed.load_state_dict(state)
+        assert to_json(play(resumed, before)) == to_json(finished)
+        assert [request.request_id for request in resumed._engine.submitted] == asked[num_submitted:]
 
 
 def test_tasks_can_be_added_while_others_are_in_flight(encoding: Encoding) -> None:
