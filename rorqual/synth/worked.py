@@ -28,6 +28,8 @@ class CorpusConfig(Record):
     reasoned, with one wrong step that is noticed and put right. malformed_share: reasoned or direct with tags missing.
     wrong_step_share: probability that a step of a reasoned or malformed document is wrong and goes unnoticed.
     noisy_answer_share: probability that an answer given without reasoning is not the right one.
+    num_skill_documents: documents before this index teach the skill alone: what is direct or malformed later is reasoned
+    in them. A tiny model learns the steps far sooner so, and the documents after them still give it its habits.
     """
 
     seed: int = 0
@@ -37,18 +39,28 @@ class CorpusConfig(Record):
     malformed_share: float = 0.15
     wrong_step_share: float = 0.05
     noisy_answer_share: float = 0.25
+    num_skill_documents: int = 0
 
     def __post_init__(self) -> None:
         """Raises: ValueError naming the share that is out of range, or the sum."""
         for name in (*(f"{form}_share" for form in FORM_WRITERS), "wrong_step_share", "noisy_answer_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"CorpusConfig.{name} = {getattr(self, name)} is no share; give a number from 0 to 1.")
+        if self.num_skill_documents < 0:
+            raise ValueError(f"CorpusConfig.num_skill_documents = {self.num_skill_documents}; give 0 or more.")
         total = sum(self.form_shares.values())
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"The shares of the forms sum to {total:.6g}, not to 1: {self.form_shares}.")
 
+    def shares_at(self, index: int) -> dict[Form, float]:
+        """Share of each form at this index: `form_shares`, except among the skill documents."""
+        if index >= self.num_skill_documents:
+            return self.form_shares
+        return {"reasoned": 1.0 - self.self_correcting_share, "self_correcting": self.self_correcting_share}
+
     @property
     def form_shares(self) -> dict[Form, float]:
+        """Share of each form once the skill documents are over."""
         return {
             "direct": self.direct_share,
             "reasoned": self.reasoned_share,
@@ -98,7 +110,7 @@ class Corpus:
         """The document with this number, the same whenever and in whatever order it is asked for."""
         rng = Random(f"{self.config.seed}/{index}")
         source, entry = self._entry(index)
-        shares = self.config.form_shares
+        shares = self.config.shares_at(index)
         form = rng.choices(list(shares), weights=list(shares.values()))[0]
         worked, response = FORM_WRITERS[form](source.dataset, entry, rng, self.config)
         return Document(

@@ -51,6 +51,15 @@ def test_shares_of_forms_are_kept() -> None:
         assert counts[form] / num_documents == pytest.approx(share, abs=4.5 * deviation)
 
 
+def test_the_first_documents_teach_the_skill_alone() -> None:
+    corpus = make_corpus("chain_sum", num_skill_documents=1000)
+    early = Counter(corpus.document(index).form for index in range(1000))
+    assert set(early) == {"reasoned", "self_correcting"}
+    assert early["self_correcting"] / 1000 == pytest.approx(corpus.config.self_correcting_share, abs=0.043)
+    plain = make_corpus("chain_sum")
+    assert all(corpus.document(index) == plain.document(index) for index in range(1000, 1200))
+
+
 def test_share_of_wrong_steps_is_kept_and_they_make_answers_wrong() -> None:
     items, corpus = make_items("chain_sum"), make_corpus("chain_sum", **only("reasoned", wrong_step_share=0.1))
     num_steps = num_slips = num_wrong = num_with_one_slip = 0
@@ -128,6 +137,7 @@ def test_sources_take_turns_and_no_entry_is_used_twice() -> None:
         ({"direct_share": 0.5}, "sum to 1.05"),
         ({"wrong_step_share": 1.5}, "wrong_step_share = 1.5"),
         ({"malformed_share": -0.1}, "malformed_share = -0.1"),
+        ({"num_skill_documents": -1}, "num_skill_documents = -1"),
     ],
 )
 def test_shares_out_of_range_are_refused_by_name(config: dict[str, float], named: str) -> None:
