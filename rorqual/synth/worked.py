@@ -28,8 +28,8 @@ class CorpusConfig(Record):
     reasoned, with one wrong step that is noticed and put right. malformed_share: reasoned or direct with tags missing.
     wrong_step_share: probability that a step of a reasoned or malformed document is wrong and goes unnoticed.
     noisy_answer_share: probability that an answer given without reasoning is not the right one.
-    num_skill_documents: documents before this index teach the skill alone: what is direct or malformed later is reasoned
-    in them. A tiny model learns the steps far sooner so, and the documents after them still give it its habits.
+    num_skill_documents: documents before this index teach the skill alone: what is direct or malformed later is
+    reasoned in them. A tiny model learns the steps far sooner so, and the later documents still give it its habits.
     """
 
     seed: int = 0
