@@ -44,7 +44,14 @@ class Run:
     # ------------------------------------------------------------------------------------------------ opening
 
     @classmethod
-    def open(cls, path: str | Path, config: Record, seeds: Mapping[str, int], command: Sequence[str] = ()) -> Self:
+    def open(
+        cls,
+        path: str | Path,
+        config: Record,
+        seeds: Mapping[str, int],
+        command: Sequence[str] = (),
+        recipe: str = "",
+    ) -> Self:
         """Start a run, or resume the one that is there, repairing what an interruption left behind.
 
         Raises: StoreError when another process writes it, when the directory holds something else, or when it was
@@ -62,7 +69,7 @@ class Run:
             for lines in (root / "metrics.jsonl", *root.glob("evals/*.partial.jsonl")):
                 _repair_last_line(lines)
             session = describe_session(command)
-            manifest = _start_or_resume(root, resolved(config), dict(seeds), session)
+            manifest = _start_or_resume(root, recipe, resolved(config), dict(seeds), session)
         except BaseException:
             lock.release()
             raise
@@ -231,16 +238,17 @@ def _read_manifest(root: Path) -> dict[str, Any]:
 
 
 def _start_or_resume(
-    root: Path, config: dict[str, Any], seeds: dict[str, int], session: dict[str, Any]
+    root: Path, recipe: str, config: dict[str, Any], seeds: dict[str, int], session: dict[str, Any]
 ) -> dict[str, Any]:
     path = root / "manifest.json"
     if path.exists():
         manifest = _read_manifest(root)
+        _check_same_settings(root, {"recipe": manifest["recipe"]}, {"recipe": recipe}, "recipe")
         _check_same_settings(root, manifest["config"], config, "config")
         _check_same_settings(root, manifest["seeds"], seeds, "seeds")
         manifest["sessions"].append(session)
     else:
-        manifest = {"config": config, "seeds": seeds, "sessions": [session]}
+        manifest = {"recipe": recipe, "config": config, "seeds": seeds, "sessions": [session]}
     write_atomic(path, lambda file: file.write(_pretty(manifest)))
     return manifest
 

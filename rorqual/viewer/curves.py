@@ -12,8 +12,9 @@ ORDER = ("reward", "length", "form", "loss", "sampling", "policy")
 
 
 def curve_groups(rows: Sequence[Metrics]) -> list[dict[str, Any]]:
-    """Charts by prefix. A chart has one series for each stage and line: steps and values, None where a step lacks it.
+    """Charts by prefix; a name without one goes under its stage.
 
+    A chart has one series for each stage and line: steps and values, None where a value is not a finite number.
     `[{"prefix": "reward", "charts": [{"key": "reward/total", "series": [{"stage": "rl", "line": "", "steps": [1],
     "values": [0.5]}]}]}]`
     """
@@ -28,11 +29,12 @@ def curve_groups(rows: Sequence[Metrics]) -> list[dict[str, Any]]:
             values.append(_significant(value))
     groups: dict[str, list[dict[str, Any]]] = {}
     for chart in sorted(series):
-        lines = [
+        lines: list[dict[str, Any]] = [
             {"stage": stage, "line": line, "steps": steps, "values": values}
             for (stage, line), (steps, values) in series[chart].items()
         ]
-        groups.setdefault(chart.partition("/")[0], []).append({"key": chart, "series": lines})
+        prefix = chart.partition("/")[0] if "/" in chart else lines[0]["stage"]
+        groups.setdefault(prefix, []).append({"key": chart, "series": lines})
     ranked = sorted(groups, key=lambda prefix: (ORDER.index(prefix) if prefix in ORDER else len(ORDER), prefix))
     return [{"prefix": prefix, "charts": groups[prefix]} for prefix in ranked]
 

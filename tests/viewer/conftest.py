@@ -139,7 +139,7 @@ def run_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Run.open(path, Settings(), {"run": 7}, ["rorqual", "run", "configs/r1_zero/tiny.toml"]) as run:
         tokenizer.save(path / "tokenizer")
         for step in range(1, 40):
-            run.append_metrics("pretrain", step * 10, {"loss/train": 5 * math.exp(-step / 10) + 1})
+            run.append_metrics("pretrain", step * 10, {"loss": 5 * math.exp(-step / 10) + 1})
         write_stage(run, tokenizer, "rl", 0.6, 41)
         write_stage(run, tokenizer, "control", 0.0, 41)
         for label, skill in {"base": 0.15, "trained": 0.72, "control": 0.14}.items():

@@ -20,8 +20,9 @@ const TITLES = {
   "policy/ratio": "Importance ratio, quantiles",
   "policy/gradient_norm": "Gradient norm",
   "policy/learning_rate": "Learning rate",
+  "loss": "Loss, nats a token",
 };
-const OPEN_GROUPS = ["reward", "length", "form", "sampling", "policy", "loss"];
+const OPEN_GROUPS = ["reward", "length", "form", "sampling", "policy", "loss", "pretrain"];
 const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
 
 const stages = [...new Set(data.curves.flatMap((g) => g.charts.flatMap((c) => c.series.map((s) => s.stage))))];
@@ -58,11 +59,11 @@ function showStageLegend() {
 }
 
 function chartFrame(chart, onSight) {
-  const title = TITLES[chart.key] || chart.key.split("/").slice(1).join(" ").replaceAll("_", " ") || chart.key;
+  const title = TITLES[chart.key] || chart.key.split("/").slice(-1)[0].replaceAll("_", " ");
   const plot = make("div", { class: "plot" });
   plot.chart = chart;
   onSight.observe(plot);
-  return make("figure", { class: "chart" }, [make("figcaption", {}, [title, make("code", {}, chart.key)]), plot]);
+  return make("figure", { class: "chart" }, [make("figcaption", {}, [capital(title), make("code", {}, chart.key)]), plot]);
 }
 
 function drawChart(plot, again = false) {

@@ -14,6 +14,7 @@ function make(tag, attributes = {}, content = []) {
 }
 
 const byId = (id) => document.getElementById(id);
+const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 const percent = (share) => (share === null || share === undefined ? "–" : (100 * share).toFixed(1) + "%");
 const points = (share) => (share > 0 ? "+" : share < 0 ? "−" : "±") + Math.abs(100 * share).toFixed(1);
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(3);

@@ -1,0 +1,76 @@
+"""The `chat` verb: a conversation whose tokens only grow; what the policy wrote is never tokenised again."""
+
+from __future__ import annotations
+
+from array import array
+
+from rich.console import Console
+from rich.text import Text
+
+from rorqual.cli.policies import Policy
+from rorqual.engines.local import LocalEngine
+from rorqual.records import GenerateRequest, Message, SamplingParams
+
+
+class Speaker:
+    """A policy in one conversation. With a template, which holds one turn, every question starts anew."""
+
+    def __init__(self, policy: Policy, temperature: float, top_p: float, max_new_tokens: int, seed: int) -> None:
+        """Raises: ValueError for a sampling setting out of range."""
+        self.label = policy.label
+        self._encoding = policy.encoding
+        self._engine = LocalEngine(policy.model)
+        self._max_new_tokens = max_new_tokens
+        self._temperature, self._top_p, self._seed = temperature, top_p, seed
+        self._turns = 0
+        self._context = array("i")
+        self._params(1)
+
+    def answer(self, question: str) -> Message:
+        """What the policy says next. Raises: ValueError when the conversation fills the window."""
+        message = Message(role="user", content=question)
+        if self._context and not self._encoding.config.template:
+            prompt = self._context + self._encoding.follow_up([message], self._context[-1])
+        else:
+            prompt = self._encoding.prompt([message])
+        room = self._engine.context_window - len(prompt)
+        if room < 1:
+            raise ValueError(
+                f"The conversation fills the window of {self._engine.context_window} tokens; start a new one."
+            )
+        request = GenerateRequest(request_id=str(self._turns), prompt_ids=prompt, params=self._params(room))
+        (completion,) = self._engine.generate([request])
+        self._turns += 1
+        self._context = prompt + completion.token_ids
+        return self._encoding.parse(completion.token_ids)
+
+    def _params(self, room: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=self._temperature,
+            top_p=self._top_p,
+            max_new_tokens=min(self._max_new_tokens, room),
+            stop_token_ids=self._encoding.stop_token_ids,
+            seed=self._seed + self._turns,
+        )
+
+
+def converse(console: Console, speaker: Speaker, question: str | None) -> None:
+    """Answer one question, or read questions until an empty line or the end of the input."""
+    if question is not None:
+        _show(console, speaker.answer(question))
+        return
+    console.print(f"[dim]Talking to {speaker.label}. An empty line ends the conversation.[/dim]", highlight=False)
+    while True:
+        try:
+            asked = console.input("[bold]› [/bold]").strip()
+        except EOFError:
+            return
+        if not asked:
+            return
+        _show(console, speaker.answer(asked))
+
+
+def _show(console: Console, message: Message) -> None:
+    if message.thinking:
+        console.print(Text(message.thinking.strip("\n"), style="dim"))
+    console.print(Text(message.content.strip()))

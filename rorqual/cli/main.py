@@ -1,0 +1,235 @@
+"""The command line: `rorqual VERB`. Each verb reads its arguments, calls one function, and shows the result.
+
+A ValueError is for the person at the keyboard: it becomes one message and exit code 2. `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TextIO
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from rorqual.cli import chat as chatting
+from rorqual.cli import tables
+from rorqual.cli.doctor import examine
+from rorqual.cli.evaluation import EvalCommand, run_evaluation
+from rorqual.cli.export import export_policy
+from rorqual.cli.manual import manual_page
+from rorqual.cli.policies import load_policy
+from rorqual.cli.progress import RichProgress
+from rorqual.config import load_config, read_recipe_name
+from rorqual.recipes.catalog import RECIPES
+from rorqual.store.run import Run
+from rorqual.viewer.report import write_report
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="rorqual",
+    help="Turn a pretrained language model into one that reasons: published recipes, one command each.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+Place = Annotated[Path, typer.Argument(help="A run directory, or a checkpoint in Hugging Face's layout.")]
+Stage = Annotated[str | None, typer.Option(help="Which stage of a run; by default the last one that was trained.")]
+Template = Annotated[
+    bool, typer.Option("--template", help="Ask by a plain-text template: for a base model without chat tokens.")
+]
+Device = Annotated[str, typer.Option(help="Where the model runs, such as cpu or cuda.")]
+
+
+@app.callback()
+def top(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Turn a pretrained language model into one that reasons: published recipes, one command each."""
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="A TOML file; its first line names the recipe.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, as section.key=value; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/RECIPE-FILE.")] = None,
+) -> None:
+    """Run a recipe. Interrupted at any moment, the same command goes on where it stopped.
+
+    Examples:
+
+        rorqual run configs/r1_zero/tiny.toml
+
+        rorqual run configs/r1_zero/tiny.toml --set seed=1 --set tasks.0.name=gcd --out runs/gcd
+    """
+    name = read_recipe_name(config)
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(RECIPES)}."
+        raise ValueError(f"{config}: there is no recipe {name!r}{hint}")
+    recipe = RECIPES[name]
+    settings_of_run = load_config(config, recipe.Config, settings or ())
+    directory = out or Path("runs") / f"{name}-{config.stem}"
+    command = ["rorqual", *sys.argv[1:]]
+    with Run.open(directory, settings_of_run, recipe.seeds(settings_of_run), command, recipe=name) as store:
+        if len(store.manifest["sessions"]) > 1:
+            console.print(f"Going on with {directory}.", highlight=False)
+        recipe.main(settings_of_run, store, RichProgress(console))
+        tables.show_evaluations(console, store)
+    console.print(f"Finished. See it with: rorqual report {directory}", highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    policy: Place,
+    benchmark: Annotated[str, typer.Option(help="A benchmark by name, or any reasoning-gym data set.")] = "chain_sum",
+    protocol: Annotated[str, typer.Option(help="How to sample: greedy, r1 or v32.")] = "greedy",
+    problems: Annotated[int | None, typer.Option(help="Number of problems; by default the benchmark's.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples of each problem; by default the protocol's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest response; by default the protocol's.")] = None,
+    stage: Stage = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Where every sample is kept; by default under runs/.")] = None,
+    template: Template = False,
+    device: Device = "cpu",
+) -> None:
+    """Evaluate a policy on held-out problems; every sample is kept, and an interrupted evaluation goes on.
+
+    Examples:
+
+        rorqual eval runs/demo --benchmark chain_sum --protocol greedy
+
+        rorqual eval ./Qwen3-0.6B --benchmark gcd --protocol r1 --problems 50 --max-new-tokens 4096 --device cuda
+    """
+    command = EvalCommand(
+        policy=str(policy),
+        benchmark=benchmark,
+        protocol=protocol,
+        problems=problems,
+        samples=samples,
+        max_new_tokens=max_new_tokens,
+        stage=stage,
+        seed=seed,
+        template=template,
+        device=device,
+    )
+    directory = run_evaluation(command, out, ["rorqual", *sys.argv[1:]], RichProgress(console))
+    tables.show_evaluations(console, Run.read(directory))
+    console.print(f"Every sample is in {directory}/evals.", highlight=False)
+
+
+@app.command()
+def chat(
+    policy: Place,
+    question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this one question and stop.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    stage: Stage = None,
+    template: Template = False,
+    device: Device = "cpu",
+) -> None:
+    """Talk to a policy; its thinking is shown dimmed.
+
+    Examples:
+
+        rorqual chat runs/demo
+
+        rorqual chat runs/demo --stage pretrain -q "4 + 3 ="
+    """
+    speaker = chatting.Speaker(load_policy(policy, stage, template, device), temperature, top_p, max_new_tokens, seed)
+    chatting.converse(console, speaker, question)
+
+
+@app.command()
+def convert(
+    policy: Place,
+    out: Annotated[Path, typer.Argument(help="The directory to write, readable by transformers.")],
+    stage: Stage = None,
+    dtype: Annotated[str, typer.Option(help="Type of the weights: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Write a policy as a Hugging Face checkpoint, tokenizer included.
+
+    Examples:
+
+        rorqual convert runs/demo exported
+
+        rorqual convert runs/demo exported-base --stage pretrain --dtype bfloat16
+    """
+    label = export_policy(policy, out, stage, dtype)
+    console.print(f"Wrote {label} to {out}; load it with AutoModelForCausalLM.from_pretrained.", highlight=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write one self-contained HTML page about a run: results, curves, and rollouts token by token.
+
+    Examples:
+
+        rorqual report runs/demo
+    """
+    path = write_report(run)
+    console.print(f"Wrote {path} ({path.stat().st_size / 1e6:.1f} MB); open it in any browser.", highlight=False)
+
+
+@app.command()
+def doctor(out: Annotated[Path, typer.Option(help="Where runs would be written.")] = Path("runs")) -> None:
+    """Say what is installed, what is missing, and what to do about it. Exit code 1 when something needed is amiss.
+
+    Examples:
+
+        rorqual doctor
+    """
+    findings = examine(out)
+    tables.show_findings(console, findings)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def docs() -> None:
+    """Print the manual page that `make docs` keeps in docs/cli.md."""
+    sys.stdout.write(manual_page(typer.main.get_command(app)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    warnings.showwarning = _show_warning
+    try:
+        app(given, prog_name="rorqual")
+    except SystemExit as stop:
+        if stop.code == EXIT_INTERRUPTED:
+            resumes = given[:1] in (["run"], ["eval"])
+            errors.print("[yellow]Stopped.[/yellow]" + (" The same command goes on from here." if resumes else ""))
+        return int(stop.code or 0)
+    except ValueError as error:
+        if debug:
+            raise
+        errors.print(f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        return EXIT_USAGE
+    return 0
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    errors.print(f"[yellow]Warning:[/yellow] {escape(str(message))}", highlight=False, soft_wrap=True)

@@ -1,0 +1,73 @@
+"""A policy by its place on the disk: a run directory, or a checkpoint in Hugging Face's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from rorqual.models.checkpoints import load_checkpoint
+from rorqual.models.decoder import Decoder
+from rorqual.recipes.catalog import RECIPES
+from rorqual.store.files import StoreError
+from rorqual.store.run import Run
+from rorqual.text.encoding import CONVERSATION_TEMPLATE, Encoding, EncodingConfig
+from rorqual.text.tokenizer import Tokenizer
+from rorqual.train.checkpoint import load_weights
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model with what turns text into its tokens. label: where it comes from. folder: holds its tokenizer files."""
+
+    label: str
+    model: Decoder
+    encoding: Encoding
+    tokenizer_folder: Path
+
+
+def load_policy(place: str | Path, stage: str | None, template: bool, device: str) -> Policy:
+    """Load a policy. stage: which one of a run, the last that has a checkpoint by default.
+
+    template: render questions by a plain-text template, for a base model without chat tokens; a run knows this itself.
+    Raises: ValueError when `place` is neither a run nor a checkpoint, or has no such stage.
+    """
+    folder = Path(place)
+    if (folder / "manifest.json").exists():
+        return _from_run(folder, stage, device)
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} is neither a run (no manifest.json) nor a checkpoint (no config.json). Give the directory that "
+            "`rorqual run` made, or one downloaded from Hugging Face."
+        )
+    if stage is not None:
+        raise ValueError(f"{folder} is a checkpoint, which has no stages; leave --stage out.")
+    encoding = EncodingConfig(template=CONVERSATION_TEMPLATE if template else "")
+    model = load_checkpoint(folder, device=device)
+    return Policy(folder.name, model, Encoding(Tokenizer.load(folder), encoding), folder)
+
+
+def _from_run(folder: Path, stage: str | None, device: str) -> Policy:
+    run = Run.read(folder)
+    name = run.manifest["recipe"]
+    if name not in RECIPES:
+        raise ValueError(f"{folder} was made by the recipe {name!r}; there are {', '.join(RECIPES)}.")
+    config = msgspec.convert(run.config, RECIPES[name].Config)
+    stages = [each for each in run.stages() if (folder / "checkpoints" / each).is_dir()]
+    if not stages or (stage is not None and stage not in stages):
+        raise ValueError(f"{folder} has no checkpoint of stage {stage!r}; it has: {', '.join(stages) or 'none yet'}.")
+    chosen = stage or _trained_stage(stages)
+    checkpoint = run.latest_checkpoint(chosen)
+    if checkpoint is None:
+        raise StoreError(f"{folder} has no finished checkpoint of stage {chosen!r} yet.")
+    model = Decoder(config.model) if config.model is not None else load_checkpoint(config.checkpoint)
+    load_weights(Path(checkpoint.path) / "model.safetensors", model)
+    encoding = Encoding(Tokenizer.load(folder / "tokenizer"), config.encoding)
+    label = f"{folder.resolve().name}/{chosen}@{checkpoint.step}"
+    return Policy(label, model.to(device), encoding, folder / "tokenizer")
+
+
+def _trained_stage(stages: list[str]) -> str:
+    """The last stage that is not a control experiment."""
+    return next((stage for stage in reversed(stages) if "control" not in stage), stages[-1])

@@ -1,0 +1,207 @@
+"""The command line: each verb does its work on a tiny policy, and a mistake is one message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rorqual.cli import main as command_line
+from rorqual.cli.doctor import EXTRAS, examine
+from rorqual.cli.main import main
+from rorqual.cli.manual import manual_page
+from rorqual.models.checkpoints import save_checkpoint
+from rorqual.models.config import ModelConfig
+from rorqual.models.decoder import Decoder
+from rorqual.records import Record
+from rorqual.store.run import Run
+from rorqual.text.tokenizer import train_tokenizer
+
+MODEL = ModelConfig(
+    family="qwen3",
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    context_window=128,
+    qk_norm=True,
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("policies") / "tiny"
+    model = Decoder(MODEL)
+    model.initialize(torch.Generator().manual_seed(0))
+    save_checkpoint(model, folder)
+    train_tokenizer(["4 + 3 = 7, wait <think>"] * 9, 300).save(folder)
+    return folder
+
+
+def test_eval_keeps_every_sample_and_goes_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = ["--problems", "4", "--samples", "3", "--max-new-tokens", "8"]
+    verb = ["eval", str(checkpoint), "--protocol", "r1", *numbers, "--out", str(tmp_path / "out")]
+    assert main(verb) == 0
+    shown = capsys.readouterr().out
+    assert "chain_sum-r1" in shown
+    assert "12 of 12" in shown
+    rows = Run.read(tmp_path / "out").read_eval("chain_sum-r1")
+    assert len(rows) == 12
+    assert {row.trajectory.evidence.num_sampled_tokens <= 8 for row in rows} == {True}
+    assert main(verb) == 0
+    assert Run.read(tmp_path / "out").read_eval("chain_sum-r1") == rows
+
+
+def test_chat_answers_one_question_and_a_conversation(checkpoint, monkeypatch, capsys) -> None:
+    once = ["chat", str(checkpoint), "-q", "4 + 3 =", "--max-new-tokens", "6"]
+    assert main(once) == 0
+    first = capsys.readouterr().out
+    assert main(once) == 0
+    assert capsys.readouterr().out == first
+    questions = iter(["4 + 3 =", "and 2 more?", ""])
+    monkeypatch.setattr(command_line.console, "input", lambda prompt: next(questions))
+    assert main(["chat", str(checkpoint), "--max-new-tokens", "6"]) == 0
+    assert first.strip() in capsys.readouterr().out
+    assert main(["chat", str(checkpoint), "-q", "4 + 3 = " * 100]) == 2
+    assert "fills the window of 128 tokens" in capsys.readouterr().err
+
+
+def test_convert_writes_what_transformers_loads(checkpoint: Path, tmp_path: Path) -> None:
+    assert main(["convert", str(checkpoint), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode(model.config.eos_token_id).startswith("<｜end")
+
+
+class Toy(Record):
+    steps: int = 3
+    rate: float = 0.5
+
+
+def toy_recipe(config: Toy, run: Run, progress) -> None:
+    run.rewind("toy", 0)
+    with progress.bar("toy", config.steps) as bar:
+        for step in range(config.steps):
+            run.append_metrics("toy", step + 1, {"loss": config.rate})
+            bar.advance(step + 1, {"loss": config.rate})
+    progress.say("done [here]")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    recipe = SimpleNamespace(Config=Toy, seeds=lambda config: {"run": 1}, main=toy_recipe)
+    monkeypatch.setitem(command_line.RECIPES, "toy", recipe)
+    path = tmp_path / "toy.toml"
+    path.write_text('recipe = "toy"\nsteps = 2\n')
+    return path
+
+
+def test_run_resumes_and_reports(toy: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "run"
+    verb = ["run", str(toy), "--set", "rate=0.25", "--out", str(out)]
+    assert main(verb) == 0
+    assert Run.read(out).metrics() == [{"stage": "toy", "step": step, "loss": 0.25} for step in (1, 2)]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert (manifest["recipe"], manifest["config"]) == ("toy", {"steps": 2, "rate": 0.25})
+    assert "Going on" not in capsys.readouterr().out
+    assert main(verb) == 0
+    assert "Going on" in capsys.readouterr().out
+    assert main([*verb, "--set", "rate=1"]) == 2
+    assert "rate: 0.25 then, 1.0 now" in capsys.readouterr().err
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").exists()
+
+
+def test_default_place_of_a_run(toy: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", str(toy)]) == 0
+    assert (tmp_path / "runs" / "toy-toy" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (["run", "{toy}", "--set", "stpes=3"], 'did you mean "steps"'),
+        (["run", "{toy}.absent"], "no such file"),
+        (["report", "/nowhere/at/all"], "has no manifest.json"),
+        (["eval", "{policy}", "--protocol", "greddy"], "did you mean 'greedy'"),
+        (["eval", "{policy}", "--benchmark", "chian_sum"], "no data set 'chian_sum'; nearest: chain_sum"),
+        (["eval", "{policy}", "--samples", "0"], "at least one sample"),
+        (["chat", "/nowhere"], "neither a run"),
+        (["chat", "{policy}", "--stage", "rl"], "has no stages"),
+        (["chat", "{policy}", "--top-p", "2", "-q", "x"], "SamplingParams.top_p = 2.0 is out of range"),
+        (["convert", "{policy}", "/tmp/x", "--dtype", "int3"], "choose one of float32"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_two(verb, words, toy, checkpoint, capsys) -> None:
+    assert main([part.format(toy=toy, policy=checkpoint) for part in verb]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.err.startswith("Error: ")
+    assert "Traceback" not in said.err
+
+
+def test_unknown_recipe_and_the_traceback_on_demand(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "x.toml"
+    path.write_text('recipe = "r1_zreo"')
+    assert main(["run", str(path)]) == 2
+    assert "did you mean 'r1_zero'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="r1_zreo"):
+        main(["run", str(path), "--debug"])
+
+
+def test_interrupt_says_how_to_go_on(toy: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def interrupted(config, run, progress) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line.RECIPES["toy"], "main", interrupted)
+    assert main(["run", str(toy), "--out", str(tmp_path / "run")]) == 130
+    assert "The same command goes on from here" in capsys.readouterr().err
+
+
+def test_doctor_finds_what_is_missing_and_says_what_to_do(tmp_path: Path, monkeypatch, capsys) -> None:
+    assert main(["doctor", "--out", str(tmp_path)]) == 0
+    assert "can be written" in capsys.readouterr().out
+    monkeypatch.setitem(EXTRAS, "report", ("no-such-package",))
+    monkeypatch.setattr("rorqual.cli.doctor.MIN_FREE_BYTES", 10**18)
+    found = {finding.what: finding for finding in examine(tmp_path / "not" / "yet")}
+    assert found["no-such-package"].advice == 'pip install "rorqual[report]"'
+    assert found["no-such-package"].state == "missing"
+    assert found["disk"].state == "bad"
+    assert found["run directory"].state == "good"
+    assert main(["doctor", "--out", str(tmp_path)]) == 1
+
+
+def test_too_many_threads_are_found(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    (threads,) = [finding for finding in examine(tmp_path) if finding.what == "threads"]
+    assert threads.state == "bad"
+    assert "OMP_NUM_THREADS" in threads.advice
+
+
+def test_every_verb_has_help_with_an_example() -> None:
+    group = typer.main.get_command(command_line.app)
+    verbs = {name: command for name, command in group.commands.items() if not command.hidden}
+    assert verbs.keys() == {"run", "eval", "chat", "convert", "report", "doctor"}
+    for name, command in verbs.items():
+        assert f"rorqual {name}" in command.help
+        assert all(parameter.help for parameter in command.params)
+    page = manual_page(group)
+    assert "| `--set` | One setting, as section.key=value; repeatable. |" in page
+
+
+def test_module_can_be_run() -> None:
+    answer = subprocess.run([sys.executable, "-m", "rorqual.cli", "--help"], capture_output=True, text=True, check=True)
+    assert "doctor" in answer.stdout
