@@ -17,12 +17,16 @@ from rorqual.cli import main as command_line
 from rorqual.cli.doctor import EXTRAS, examine
 from rorqual.cli.main import main
 from rorqual.cli.manual import manual_page
-from rorqual.models.checkpoints import save_checkpoint
+from rorqual.envs.dialogue import ReasoningGymConfig
+from rorqual.models.checkpoints import load_checkpoint, save_checkpoint
 from rorqual.models.config import ModelConfig
 from rorqual.models.decoder import Decoder
+from rorqual.recipes.r1_zero import R1ZeroConfig
 from rorqual.records import Record
 from rorqual.store.run import Run
-from rorqual.text.tokenizer import train_tokenizer
+from rorqual.text.tokenizer import Tokenizer, train_tokenizer
+from rorqual.train.checkpoint import save_training_state
+from rorqual.train.optim import OptimizerConfig, build_optimizer
 
 MODEL = ModelConfig(
     family="qwen3",
@@ -83,6 +87,40 @@ def test_convert_writes_what_transformers_loads(checkpoint: Path, tmp_path: Path
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     assert AutoTokenizer.from_pretrained(tmp_path / "out").decode(model.config.eos_token_id).startswith("<｜end")
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of r1_zero with a checkpoint of each stage, whose weights differ."""
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    config = R1ZeroConfig(tasks=(ReasoningGymConfig(name="gcd"),), model=MODEL)
+    with Run.open(folder, config, {"run": 0}, recipe="r1_zero") as run:
+        Tokenizer.load(checkpoint).save(folder / "tokenizer")
+        for seed, stage in enumerate(("pretrain", "rl", "control")):
+            model = Decoder(MODEL)
+            model.initialize(torch.Generator().manual_seed(seed))
+            optimizer = build_optimizer(model, OptimizerConfig())
+            run.append_metrics(stage, 3, {})
+            run.write_checkpoint(stage, 3, lambda path, m=model, o=optimizer: save_training_state(path, m, o, {}))
+    return folder
+
+
+@pytest.mark.parametrize(("options", "seed"), [([], 1), (["--stage", "pretrain"], 0), (["--stage", "control"], 2)])
+def test_policy_of_a_run_is_that_of_its_stage(trained: Path, tmp_path: Path, options: list[str], seed: int) -> None:
+    assert main(["convert", str(trained), str(tmp_path / "out"), *options]) == 0
+    expected = Decoder(MODEL)
+    expected.initialize(torch.Generator().manual_seed(seed))
+    found = load_checkpoint(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), expected.parameters(), strict=True))
+
+
+def test_chat_and_eval_with_a_run(trained: Path, tmp_path: Path, capsys) -> None:
+    assert main(["chat", str(trained), "-q", "4 + 3 =", "--max-new-tokens", "4"]) == 0
+    assert main(["chat", str(trained), "--stage", "sft", "-q", "x"]) == 2
+    assert "no checkpoint of stage 'sft'; it has: pretrain, rl, control" in capsys.readouterr().err
+    numbers = ["--problems", "2", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    assert main(["eval", str(trained), "--benchmark", "gcd", *numbers]) == 0
+    assert Run.read(tmp_path / "out").eval_summaries()["gcd-greedy"]["label"] == "demo/rl@3"
 
 
 class Toy(Record):
