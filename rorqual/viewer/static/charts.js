@@ -78,10 +78,11 @@ function drawChart(plot, again = false) {
     line: { color: stageColour(series.stage), width: 1.8, dash: DASHES[lines.indexOf(series.line) % DASHES.length] },
     hovertemplate: "%{y:.4~g}",
   }));
-  Plotly.react(plot, traces, chartLayout(lines.length > 1), { displayModeBar: false, responsive: true });
+  Plotly.react(plot, traces, chartLayout(plot.chart, lines.length > 1), { displayModeBar: false, responsive: true });
 }
 
-function chartLayout(withLegend) {
+function chartLayout(chart, withLegend) {
+  const negative = chart.series.some((series) => series.values.some((value) => value < 0));
   const axis = { gridcolor: style("--line"), zeroline: false, tickfont: { size: 10.5 }, linecolor: style("--line") };
   return {
     margin: { l: 46, r: 8, t: 10, b: 28 },
@@ -89,7 +90,7 @@ function chartLayout(withLegend) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: style("--sans"), color: style("--muted"), size: 11 },
     xaxis: { ...axis, showgrid: false, nticks: 6 },
-    yaxis: { ...axis, nticks: 5, exponentformat: "power" },
+    yaxis: { ...axis, nticks: 5, exponentformat: "power", rangemode: negative ? "normal" : "nonnegative" },
     hovermode: "x unified",
     hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink"), size: 11 } },
     showlegend: withLegend,
