@@ -58,7 +58,8 @@ def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, corpus: Corpus, 
         tokenizer = Tokenizer.load(config.path)
     else:
         documents = (corpus.document(index) for index in range(config.num_documents))
-        tokenizer = train_tokenizer([d.question + d.response for d in documents], vocab_size)
+        texts = [document.question + document.response for document in documents]
+        tokenizer = train_tokenizer(texts, vocab_size, split_words=config.split_words)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"The tokenizer has {tokenizer.vocab_size} tokens and the model {vocab_size} embeddings; set "

@@ -15,6 +15,7 @@ from rorqual.text.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 CORPUS = ["the sum of 12 and 345 is 357, so the answer is 357"] * 20 + ["wait, let me check the sum again"] * 20
 TOKENIZER = train_tokenizer(CORPUS, vocab_size=320)
+PHRASES = train_tokenizer(CORPUS, vocab_size=320, split_words=False)
 
 
 @given(st.text())
@@ -43,6 +44,20 @@ def test_special_tokens_come_first_in_their_order() -> None:
 def test_every_digit_is_one_token() -> None:
     assert [TOKENIZER.decode([index]) for index in TOKENIZER.encode("3457")] == ["3", "4", "5", "7"]
     assert len(TOKENIZER.encode("the sum")) < len("the sum") / 2
+
+
+def test_phrases_become_tokens_when_words_are_not_split() -> None:
+    texts = [f"State the answer to this problem: {n} + {n + 1} =<think>{n}</think>" for n in range(99)]
+    phrases = train_tokenizer(texts, vocab_size=360, split_words=False)
+    pieces = [phrases.decode([index]) for index in phrases.encode("State the answer to this problem: 12 + 13 =")]
+    assert pieces == ["State the answer to this problem: ", "1", "2", " + ", "1", "3", " ="]
+    assert len(train_tokenizer(texts, vocab_size=360).encode(texts[0])) > 2 * len(phrases.encode(texts[0]))
+    assert not any("think" in phrases.decode([index]) for index in range(len(SPECIAL_TOKENS), phrases.vocab_size))
+
+
+@given(st.text())
+def test_any_text_comes_back_from_phrases(text: str) -> None:
+    assert PHRASES.decode(PHRASES.encode(text)) == text
 
 
 def test_skipping_drops_control_tokens_and_keeps_what_was_said() -> None:
