@@ -39,11 +39,14 @@ class PretrainConfig(Record):
 
 
 class TokenizerConfig(Record):
-    """path: an existing tokenizer.json, or a directory with one; empty trains one on the first documents of the
-    corpus."""
+    """path: a tokenizer.json, or a directory with one; empty trains one on the first `num_documents` of the corpus.
+
+    split_words: see `text.tokenizer.train_tokenizer`.
+    """
 
     path: str = ""
     num_documents: int = 4000
+    split_words: bool = True
 
 
 def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, corpus: Corpus, run: Run) -> Tokenizer:
