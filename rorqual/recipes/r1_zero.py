@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import torch
@@ -54,12 +55,14 @@ class EvaluationConfig(Record):
 class R1ZeroConfig(Record):
     """Every setting of the recipe. Give `model` to pre-train a base here, or `checkpoint` to start from a directory.
 
-    num_threads: of torch, 0 leaves its choice; a run is reproduced bit for bit with the same number only.
+    dtype: of the weights and the optimiser state. num_threads: of torch, 0 leaves its choice; a run is reproduced bit
+    for bit with the same number only.
     """
 
     tasks: tuple[ReasoningGymConfig, ...]
     seed: int = 0
     device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     num_threads: int = 0
     model: ModelConfig | None = None
     checkpoint: str = ""
@@ -107,7 +110,8 @@ def seeds(config: R1ZeroConfig) -> Mapping[str, int]:
 def _base_model(config: R1ZeroConfig, corpus: Corpus, run: Run, progress: Progress) -> tuple[Decoder, Encoding]:
     """The base: read from a checkpoint, or pre-trained on the corpus from random weights."""
     if config.model is None:
-        base = load_checkpoint(Path(config.checkpoint), device=config.device)
+        dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+        base = load_checkpoint(Path(config.checkpoint), dtype=dtype, device=torch.device(config.device))
         tokenizer_config = msgspec.structs.replace(config.tokenizer, path=config.tokenizer.path or config.checkpoint)
         tokenizer = prepare_tokenizer(tokenizer_config, base.config.vocab_size, corpus, run)
         return base, Encoding(tokenizer, config.encoding)
