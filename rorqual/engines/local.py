@@ -66,7 +66,8 @@ class LocalEngine:
     @torch.inference_mode()
     def step(self) -> list[Completion]:
         self.num_steps += 1
-        self.model.eval()
+        if self.model.training:  # walking through all modules each step would cost more than a small model's layer
+            self.model.eval()
         finished = self._decode() if self.num_decoding else []
         self._admit()
         return finished + self._prefill()

@@ -179,6 +179,11 @@ def _invert(weights_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
     """First index at which the cumulative weight passes `uniform * total`, by chunks, then inside one; and the
     total."""
     num_rows, vocabulary = weights_RV.shape
+    if vocabulary <= CHUNK:
+        inside_RV = weights_RV.double().cumsum(dim=-1)
+        total_R1 = inside_RV[:, -1:].contiguous()
+        place_R1 = torch.searchsorted(inside_RV, uniform_R[:, None] * total_R1, right=True)
+        return torch.minimum(place_R1, torch.searchsorted(inside_RV, total_R1))[:, 0], total_R1[:, 0]
     padding = -vocabulary % CHUNK
     if padding:
         weights_RV = torch.nn.functional.pad(weights_RV, (0, padding))
@@ -211,8 +216,9 @@ def _merge(parts: list[tuple[list[int], Draws]], num_rows: int) -> Draws:
 
 
 def _refuse_nan(values: Tensor) -> None:
-    bad = values.isnan().flatten(1).any(dim=1).nonzero().flatten().tolist()
-    if bad:
+    bad_R = values.isnan().flatten(1).any(dim=1)
+    if bool(bad_R.any()):
+        bad = bad_R.nonzero().flatten().tolist()
         raise ValueError(
             f"The model's logits are NaN in {len(bad)} of {len(values)} rows (first: row {bad[0]}). The weights are "
             "damaged or diverged: go back to an earlier checkpoint, or lower the learning rate."

@@ -1,13 +1,13 @@
 """Attention: grouped-query (GQA) and multi-head latent (MLA), on packed tokens and against a cache.
 
 Both kinds offer the same two calls. `forward(x_TD, rotation, layout)` serves training: packed tokens, no cache.
-`forward_cached(x_RQD, rotation, columns, layout)` serves generation: it writes the new tokens to the cache and
+`forward_cached(x_ND, rotation, columns, layout)` serves generation: it writes the new tokens to the cache and
 attends to all. MLA decodes in its absorbed form: the up-projections move onto the query and the output, so that all
 heads read one latent a token (multi-query attention over kv_lora_rank + rope dimensions; DeepSeek-V2, arXiv
 2405.04434, section 2.1).
 
-Shapes: T packed tokens, R rows, Q queries a row, K keys a row, D hidden, H heads, G key-value heads, E head dimension,
-N no-position dimension, P rotary dimension, V value dimension, L latent rank.
+Shapes: T packed tokens, R rows, Q queries a row, N = R*Q, K keys a row, D hidden, H heads, G key-value heads, J = H/G,
+E head dimension, N (after H) no-position dimension, P rotary dimension, V value dimension, L latent rank.
 """
 
 from __future__ import annotations
@@ -45,21 +45,28 @@ class GroupedQueryAttention(nn.Module):
         q_THE, k_TGE, v_TGE = self._project(x_TD, rotation)
         return self.o_proj(attend_packed(q_THE, k_TGE, v_TGE, layout, self.scale))
 
-    def forward_cached(self, x_RQD: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
-        num_rows, num_queries = x_RQD.shape[:2]
-        q_RQHE, k_RQGE, v_RQGE = self._project(x_RQD, rotation)
-        layout.write(columns, (k_RQGE.flatten(0, 1).flatten(1), v_RQGE.flatten(0, 1).flatten(1)))
-        k_RGKE = layout.read(columns[0]).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-        v_RGKE = layout.read(columns[1]).unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+    def forward_cached(self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
+        q_NHE, k_NGE, v_NGE = self._project(x_ND, rotation)
+        layout.write(columns, (k_NGE.flatten(1), v_NGE.flatten(1)))
+        k_RGKE, v_RGKE = (
+            layout.read(column).view(layout.num_rows, layout.num_keys, self.num_kv_heads, self.head_dim).transpose(1, 2)
+            for column in columns
+        )
+        bias_R1QK = None if layout.bias_RQK is None else layout.bias_RQK[:, None]
+        if len(x_ND) == layout.num_rows:
+            # The query heads that share keys become queries of one head, so that the keys are read once for all.
+            q_RGJE = q_NHE.view(layout.num_rows, self.num_kv_heads, -1, self.head_dim)
+            out = F.scaled_dot_product_attention(q_RGJE, k_RGKE, v_RGKE, attn_mask=bias_R1QK, scale=self.scale)
+            return self.o_proj(out.reshape(len(x_ND), -1))
         out_RHQE = F.scaled_dot_product_attention(
-            q_RQHE.transpose(1, 2),
+            q_NHE.unflatten(0, (layout.num_rows, -1)).transpose(1, 2),
             k_RGKE,
             v_RGKE,
-            attn_mask=layout.mask_RQK[:, None],
+            attn_mask=bias_R1QK,
             scale=self.scale,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
-        return self.o_proj(out_RHQE.transpose(1, 2).reshape(num_rows, num_queries, -1))
+        return self.o_proj(out_RHQE.transpose(1, 2).reshape(len(x_ND), -1))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
@@ -102,21 +109,21 @@ class MultiHeadLatentAttention(nn.Module):
         q_THE = torch.cat((q_nope_THN, q_rope_THP), dim=-1)
         return self.o_proj(attend_packed(q_THE, k_THE, v_THV, layout, self.scale))
 
-    def forward_cached(self, x_RQD: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
-        q_nope, q_rope, latent, k_rope = self._project(x_RQD, rotation)
-        layout.write(columns, (latent.flatten(0, 1), k_rope.flatten(0, 1)))
+    def forward_cached(self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
+        q_nope, q_rope, latent, k_rope = self._project(x_ND, rotation)
+        layout.write(columns, (latent, k_rope))
         latent_RKL, k_rope_RKP = layout.read(columns[0]), layout.read(columns[1])
-        if x_RQD.shape[1] == 1:
-            return self._decode_absorbed(q_nope[:, 0], q_rope[:, 0], latent_RKL, k_rope_RKP, layout.mask_RQK)
+        if len(x_ND) == layout.num_rows:
+            return self._decode_absorbed(q_nope, q_rope, latent_RKL, k_rope_RKP, layout.bias_RQK)
         k_RKHE, v_RKHV = self._expand(latent_RKL, k_rope_RKP)
         out_RHQV = F.scaled_dot_product_attention(
-            torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2),
+            torch.cat((q_nope, q_rope), dim=-1).unflatten(0, (layout.num_rows, -1)).transpose(1, 2),
             k_RKHE.transpose(1, 2),
             v_RKHV.transpose(1, 2),
-            attn_mask=layout.mask_RQK[:, None],
+            attn_mask=None if layout.bias_RQK is None else layout.bias_RQK[:, None],
             scale=self.scale,
         )
-        return self.o_proj(out_RHQV.transpose(1, 2).flatten(2))
+        return self.o_proj(out_RHQV.transpose(1, 2).reshape(len(x_ND), -1))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (without and with position), the normalised latent, the rotated shared key."""
@@ -134,7 +141,7 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((k_nope, k_rope), dim=-1), v
 
     def _decode_absorbed(
-        self, q_nope_RHN: Tensor, q_rope_RHP: Tensor, latent_RKL: Tensor, k_rope_RKP: Tensor, mask_R1K: Tensor
+        self, q_nope_RHN: Tensor, q_rope_RHP: Tensor, latent_RKL: Tensor, k_rope_RKP: Tensor, bias_R1K: Tensor | None
     ) -> Tensor:
         """One query a row against the latents themselves; the softmax scale stays that of N + P dimensions."""
         up_HXL = self.kv_b_proj.weight.view(self.num_heads, self.nope_dim + self.value_dim, self.latent_dim)
@@ -142,10 +149,10 @@ class MultiHeadLatentAttention(nn.Module):
         q_latent_RHL = torch.bmm(q_nope_RHN.transpose(0, 1), key_up_HNL).transpose(0, 1)
         scores_RHK = torch.bmm(q_latent_RHL, latent_RKL.transpose(1, 2))
         scores_RHK = torch.baddbmm(scores_RHK, q_rope_RHP, k_rope_RKP.transpose(1, 2)).mul_(self.scale)
-        weights_RHK = scores_RHK.masked_fill_(~mask_R1K, float("-inf")).softmax(dim=-1)
-        out_RHL = torch.bmm(weights_RHK, latent_RKL)
+        scores_RHK = scores_RHK if bias_R1K is None else scores_RHK.add_(bias_R1K)
+        out_RHL = torch.bmm(scores_RHK.softmax(dim=-1), latent_RKL)
         out_RHV = torch.bmm(out_RHL.transpose(0, 1), value_up_HVL.transpose(1, 2)).transpose(0, 1)
-        return self.o_proj(out_RHV.reshape(len(out_RHV), 1, -1))
+        return self.o_proj(out_RHV.reshape(len(out_RHV), -1))
 
 
 def _mla(config: ModelConfig) -> MLAConfig:

@@ -8,6 +8,7 @@ Shapes: S slots, C capacity in tokens, R rows in a call, Q queries a row, K keys
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ class KVCache:
     """`columns[layer][i]` is [S, C, W_i]. Which tokens of a slot are valid is the caller's to know."""
 
     def __init__(self, num_layers: int, widths: tuple[int, ...], num_slots: int, capacity: int, like: Tensor) -> None:
-        self.num_slots, self.capacity = num_slots, capacity
+        self.num_slots, self.capacity, self.dtype = num_slots, capacity, like.dtype
         self.columns = [
             [torch.zeros(num_slots, capacity, width, dtype=like.dtype, device=like.device) for width in widths]
             for _ in range(num_layers)
@@ -52,14 +53,16 @@ class CachedLayout:
     """Where the new tokens of a call go, and what they see. Build it with `cached_layout`.
 
     slots: the rows' slots, a slice where they are consecutive (then the cache is read in place). write_index_N: flat
-    token index in [S*C) of each new token. mask_RQK: True where a query may look; K covers the longest row.
+    token index in [S*C) of each new token, and positions_N its position, row by row. K covers the longest row.
+    bias_RQK: 0 where a query may look, -inf elsewhere; None where all may look at all.
     """
 
     slots: slice | Tensor
-    positions_RQ: Tensor
+    positions_N: Tensor
     write_index_N: Tensor
+    num_rows: int
     num_keys: int
-    mask_RQK: Tensor
+    bias_RQK: Tensor | None
 
     def write(self, columns: list[Tensor], new: tuple[Tensor, ...]) -> None:
         """Store the new tokens' columns, each [R*Q, W]."""
@@ -77,13 +80,17 @@ def cached_layout(slots: range | list[int], starts_R: Tensor, num_queries: int, 
     A row may hold fewer real tokens than `num_queries`; what is written past them is seen by nothing and overwritten
     by the tokens that follow. Raises: ValueError when a row would pass the capacity.
     """
-    num_keys = int(starts_R.max()) + num_queries
+    first, last = (int(edge) for edge in starts_R.aminmax())
+    num_keys = last + num_queries
     if num_keys > cache.capacity:
         raise ValueError(f"The cache holds {cache.capacity} tokens a slot, and this call needs {num_keys}.")
     device = starts_R.device
     positions_RQ = starts_R[:, None] + torch.arange(num_queries, device=device)
     slots_R = torch.tensor(list(slots), device=device)
-    write_index_N = (slots_R[:, None] * cache.capacity + positions_RQ).flatten()
-    mask_RQK = torch.arange(num_keys, device=device) <= positions_RQ[..., None]
     where = slice(slots.start, slots.stop) if isinstance(slots, range) else slots_R
-    return CachedLayout(where, positions_RQ, write_index_N, num_keys, mask_RQK)
+    write_index_N = (slots_R[:, None] * cache.capacity + positions_RQ).flatten()
+    bias_RQK = None
+    if first < last or num_queries > 1:
+        hidden_RQK = torch.arange(num_keys, device=device) > positions_RQ[..., None]
+        bias_RQK = torch.zeros(hidden_RQK.shape, dtype=cache.dtype, device=device).masked_fill_(hidden_RQK, -math.inf)
+    return CachedLayout(where, positions_RQ.flatten(), write_index_N, len(starts_R), num_keys, bias_RQK)

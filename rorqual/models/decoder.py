@@ -4,8 +4,8 @@ In: packed token ids and a PackedLayout (training), or rows of new tokens and a 
 Out: hidden states after the last norm, and the experts that each token visited. Logits are left to the caller:
 training takes log-probs of chosen tokens without ever holding [T, vocabulary].
 
-Shapes: T packed tokens, R rows, Q queries a row, D hidden, V vocabulary, L mixture-of-experts layers, K experts a
-token.
+Shapes: T packed tokens, R rows, Q queries a row, N = R*Q, D hidden, V vocabulary, L mixture-of-experts layers, K
+experts a token.
 """
 
 from __future__ import annotations
@@ -54,11 +54,10 @@ class Block(nn.Module):
         return self._feed_forward(x_TD, forced_TK)
 
     def forward_cached(
-        self, x_RQD: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout
+        self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout
     ) -> tuple[Tensor, Tensor | None]:
-        x_RQD = x_RQD + self.self_attn.forward_cached(self.input_layernorm(x_RQD), rotation, columns, layout)
-        x_ND, routes = self._feed_forward(x_RQD.flatten(0, 1), None)
-        return x_ND.view_as(x_RQD), routes
+        x_ND = x_ND + self.self_attn.forward_cached(self.input_layernorm(x_ND), rotation, columns, layout)
+        return self._feed_forward(x_ND, None)
 
     def _feed_forward(self, x_TD: Tensor, forced_TK: Tensor | None) -> tuple[Tensor, Tensor | None]:
         normed_TD = self.post_attention_layernorm(x_TD)
@@ -99,14 +98,15 @@ class Decoder(nn.Module):
 
     def forward_cached(self, token_ids_RQ: Tensor, cache: KVCache, layout: CachedLayout) -> DecoderOutput:
         """Hidden states [R, Q, D] of new tokens, which are written to the cache; routes are [R*Q, L, K]."""
-        x_RQD = self.embed_tokens(token_ids_RQ)
-        rotation = self.rope(layout.positions_RQ, x_RQD.dtype)
+        x_ND = self.embed_tokens(token_ids_RQ.flatten())
+        rotation = self.rope(layout.positions_N, x_ND.dtype)
         chosen: list[Tensor] = []
         for block, columns in zip(self.layers, cache.columns, strict=True):
-            x_RQD, experts = cast(Block, block).forward_cached(x_RQD, rotation, columns, layout)
+            x_ND, experts = cast(Block, block).forward_cached(x_ND, rotation, columns, layout)
             if experts is not None:
                 chosen.append(experts)
-        return DecoderOutput(self.norm(x_RQD), torch.stack(chosen, dim=1) if chosen else None)
+        hidden_RQD = self.norm(x_ND).view(*token_ids_RQ.shape, -1)
+        return DecoderOutput(hidden_RQD, torch.stack(chosen, dim=1) if chosen else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""

@@ -54,9 +54,11 @@ def test_grow_keeps_what_is_stored() -> None:
 def test_layout_writes_after_the_tokens_and_sees_up_to_each(slots: range | list[int]) -> None:
     cache = filled_cache()
     layout = cached_layout(slots, torch.tensor([1, 3]), 2, cache)
-    assert layout.positions_RQ.tolist() == [[1, 2], [3, 4]]
+    assert layout.positions_N.tolist() == [1, 2, 3, 4]
     assert layout.num_keys == 5
-    assert layout.mask_RQK.sum(dim=-1).tolist() == [[2, 3], [4, 5]]
+    assert layout.bias_RQK is not None
+    assert layout.bias_RQK.eq(0.0).sum(dim=-1).tolist() == [[2, 3], [4, 5]]
+    assert layout.bias_RQK.isneginf().sum(dim=-1).tolist() == [[3, 2], [1, 0]]
     new = torch.full((4, 4), -1.0), torch.full((4, 2), -2.0)
     before = filled_cache().columns[1]
     layout.write(cache.columns[1], new)
@@ -66,6 +68,12 @@ def test_layout_writes_after_the_tokens_and_sees_up_to_each(slots: range | list[
         assert torch.equal(read[row, :start], before[0][slot, :start])
     assert sum(int(column.lt(0).sum()) for column in cache.columns[1]) == 4 * 4 + 4 * 2
     assert torch.equal(cache.columns[0][0], filled_cache().columns[0][0])
+
+
+def test_single_queries_of_equal_length_need_no_bias() -> None:
+    assert cached_layout(range(2), torch.tensor([3, 3]), 1, filled_cache()).bias_RQK is None
+    assert cached_layout(range(2), torch.tensor([3, 2]), 1, filled_cache()).bias_RQK is not None
+    assert cached_layout(range(2), torch.tensor([3, 3]), 2, filled_cache()).bias_RQK is not None
 
 
 def test_a_row_past_the_capacity_is_refused() -> None:
