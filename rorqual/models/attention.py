@@ -21,6 +21,9 @@ from rorqual.models.config import MLAConfig, ModelConfig
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.rope import Rotation, softmax_scale
 
+WHOLE_ROW_HEADS = 4
+"""On a CPU, decoding reads the keys of up to so many key-value heads as one row."""
+
 
 class GroupedQueryAttention(nn.Module):
     """Llama, Qwen2 (biases on q, k, v), Qwen3 (norms on q and k)."""
@@ -48,21 +51,17 @@ class GroupedQueryAttention(nn.Module):
     def forward_cached(self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
         q_NHE, k_NGE, v_NGE = self._project(x_ND, rotation)
         layout.write(columns, (k_NGE.flatten(1), v_NGE.flatten(1)))
-        k_RGKE, v_RGKE = (
-            layout.read(column).view(layout.num_rows, layout.num_keys, self.num_kv_heads, self.head_dim).transpose(1, 2)
-            for column in columns
-        )
-        bias_R1QK = None if layout.bias_RQK is None else layout.bias_RQK[:, None]
+        k_RKW, v_RKW = layout.read(columns[0]), layout.read(columns[1])
         if len(x_ND) == layout.num_rows:
-            # The query heads that share keys become queries of one head, so that the keys are read once for all.
-            q_RGJE = q_NHE.view(layout.num_rows, self.num_kv_heads, -1, self.head_dim)
-            out = F.scaled_dot_product_attention(q_RGJE, k_RGKE, v_RGKE, attn_mask=bias_R1QK, scale=self.scale)
-            return self.o_proj(out.reshape(len(x_ND), -1))
+            q_RGJE = q_NHE.unflatten(1, (self.num_kv_heads, -1))
+            return self.o_proj(_attend_once(q_RGJE, k_RKW, v_RKW, layout.bias_RQK, self.scale))
+        k_RGKE = k_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        v_RGKE = v_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         out_RHQE = F.scaled_dot_product_attention(
             q_NHE.unflatten(0, (layout.num_rows, -1)).transpose(1, 2),
             k_RGKE,
             v_RGKE,
-            attn_mask=bias_R1QK,
+            attn_mask=None if layout.bias_RQK is None else layout.bias_RQK[:, None],
             scale=self.scale,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
@@ -159,6 +158,32 @@ def _mla(config: ModelConfig) -> MLAConfig:
     if config.mla is None:
         raise ValueError("MultiHeadLatentAttention needs ModelConfig.mla; set it, or use grouped-query attention.")
     return config.mla
+
+
+def _attend_once(q_RGJE: Tensor, k_RKW: Tensor, v_RKW: Tensor, bias_R1K: Tensor | None, scale: float) -> Tensor:
+    """One query a row and head against cached keys and values, W = G*E wide: [R, H*E].
+
+    The J query heads that share keys are taken together, so that the keys are read once. With few key-value heads the
+    keys are read as they lie, against queries that are 0 outside their own head: G times the products, which cost less
+    than the copies that separate heads would need.
+    """
+    num_rows, num_kv_heads, _, head_dim = q_RGJE.shape
+    if num_kv_heads > WHOLE_ROW_HEADS or q_RGJE.device.type != "cpu":
+        k_RGKE = k_RKW.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
+        v_RGKE = v_RKW.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
+        bias_R11K = None if bias_R1K is None else bias_R1K[:, None]
+        out_RGJE = F.scaled_dot_product_attention(q_RGJE, k_RGKE, v_RGKE, attn_mask=bias_R11K, scale=scale)
+        return out_RGJE.reshape(num_rows, -1)
+    q_RGJGE = q_RGJE.new_zeros(*q_RGJE.shape[:3], num_kv_heads, head_dim)
+    q_RGJGE.diagonal(dim1=1, dim2=3).copy_(q_RGJE.permute(0, 2, 3, 1))
+    q_RHW, k_RWK = q_RGJGE.flatten(3).flatten(1, 2), k_RKW.transpose(1, 2)
+    if bias_R1K is None:
+        scores_RHK = torch.bmm(q_RHW, k_RWK).mul_(scale)
+    else:
+        scores_RHK = torch.baddbmm(bias_R1K, q_RHW, k_RWK, alpha=scale)
+    out_RHW = torch.bmm(scores_RHK.softmax(dim=-1), v_RKW)
+    out_RJEG = out_RHW.view(num_rows, num_kv_heads, -1, num_kv_heads, head_dim).diagonal(dim1=1, dim2=3)
+    return out_RJEG.permute(0, 3, 1, 2).reshape(num_rows, -1)
 
 
 def attend_packed(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, layout: PackedLayout, scale: float) -> Tensor:

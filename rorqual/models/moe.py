@@ -30,7 +30,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TI = self.gate_proj(x_TD)
+        if torch.is_grad_enabled():
+            return self.down_proj(F.silu(gate_TI) * self.up_proj(x_TD))
+        return self.down_proj(F.silu(gate_TI, inplace=True).mul_(self.up_proj(x_TD)))
 
 
 class Router(ExactBuffers):
