@@ -7,10 +7,15 @@ directory, so they hold the same numbers.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
+import gc
+import io
 import os
 import platform
+import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,6 +53,12 @@ def write_checkpoint(directory: Path, vocabulary: int, context_window: int) -> P
     return directory
 
 
+def random_prompts(number: int, num_tokens: int, vocabulary: int) -> list[str]:
+    """Texts of so many tokens each, without special tokens."""
+    words = random.Random(SEED)
+    return [" ".join(f"w{words.randrange(3, vocabulary)}" for _ in range(num_tokens)) for _ in range(number)]
+
+
 def parser(description: str, rounds: int) -> argparse.ArgumentParser:
     """The options of every benchmark."""
     result = argparse.ArgumentParser(description=description)
@@ -72,3 +83,30 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown: the first column left, the others right."""
     rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the line that TRL's trainer prints each step."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def memory_at_rest() -> float:
+    """Resident MiB of this process, after freed memory went back to the system; the peak is counted anew from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def memory_peak() -> float:
+    """Most resident MiB of this process since `memory_at_rest`."""
+    return _resident("VmHWM")
+
+
+def _resident(name: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    raise ValueError(f"/proc/self/status has no {name}; memory can be measured on Linux only.")

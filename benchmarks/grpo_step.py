@@ -12,25 +12,31 @@ the other works. Memory is measured in a process of its own for each side. Needs
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import ctypes
-import gc
-import io
-import random
 import subprocess
 import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from common import SEED, conditions, markdown_table, parser, spread, write_checkpoint
+from common import (
+    SEED,
+    conditions,
+    markdown_table,
+    memory_at_rest,
+    memory_peak,
+    parser,
+    quiet,
+    random_prompts,
+    spread,
+    write_checkpoint,
+)
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from transformers import AutoTokenizer, TrainerCallback
@@ -83,10 +89,6 @@ class Times:
 
     step: list[float] = field(default_factory=list)
     generate: list[float] = field(default_factory=list)
-
-    def forget(self) -> None:
-        self.step.clear()
-        self.generate.clear()
 
     @property
     def rest(self) -> list[float]:
@@ -262,11 +264,7 @@ def build_trainer(
         dataloader_num_workers=0,
         seed=SEED,
     )
-    words = random.Random(SEED)
-    texts = [
-        " ".join(f"w{words.randrange(3, setting.vocabulary)}" for _ in range(setting.prompt))
-        for _ in range(num_steps * setting.batch_size // GROUP_SIZE)
-    ]
+    texts = random_prompts(num_steps * setting.batch_size // GROUP_SIZE, setting.prompt, setting.vocabulary)
     trainer = TimedTrainer(
         model=str(directory),
         processing_class=AutoTokenizer.from_pretrained(directory),
@@ -318,13 +316,6 @@ def compare(setting: Setting, rounds: int) -> tuple[Times, Times, float]:
         return trainer.times, ours.times, difference
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the line that TRL's trainer prints each step."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
 # -------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -337,30 +328,19 @@ def memory_of(side: str, setting: Setting) -> tuple[float, float]:
 
     def after_step(prompts: Sequence[str]) -> None:
         if not rest:
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            rest.append(_resident("VmRSS"))
+            rest.append(memory_at_rest())
 
     with tempfile.TemporaryDirectory() as name, quiet():
         directory = write_checkpoint(Path(name), setting.vocabulary, 2 * (setting.prompt + setting.completion))
         if side == "trl":
             build_trainer(directory, setting, MEMORY_STEPS, after_step).train()
         else:
-            ours, words = RorqualSide(directory, setting), random.Random(SEED)
-            for _ in range(MEMORY_STEPS):
-                texts = [" ".join(f"w{words.randrange(3, setting.vocabulary)}" for _ in range(setting.prompt))
-                         for _ in range(setting.batch_size // GROUP_SIZE)]  # fmt: skip
-                ours.step([text for text in texts for _ in range(GROUP_SIZE)])
+            ours, per_step = RorqualSide(directory, setting), setting.batch_size // GROUP_SIZE
+            texts = random_prompts(MEMORY_STEPS * per_step, setting.prompt, setting.vocabulary)
+            for start in range(0, len(texts), per_step):
+                ours.step([text for text in texts[start : start + per_step] for _ in range(GROUP_SIZE)])
                 after_step(texts)
-    return rest[0], _resident("VmHWM") - rest[0]
-
-
-def _resident(name: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"/proc/self/status has no {name}; memory can be measured on Linux only.")
+    return rest[0], memory_peak() - rest[0]
 
 
 def memory_in_own_process(side: str, setting_name: str, threads: int) -> tuple[float, float]:
@@ -397,9 +377,8 @@ def main() -> None:
     if chosen.memory_of:
         print(*memory_of(chosen.memory_of, SETTINGS[chosen.setting]))
         return
-    names = list(SETTINGS) if chosen.setting == "all" else [chosen.setting]
     times, memory, differences = [], [], []
-    for name in names:
+    for name in SETTINGS if chosen.setting == "all" else [chosen.setting]:
         trl, ours, difference = compare(SETTINGS[name], chosen.rounds)
         for each in (trl, ours):
             del each.step[:WARMUP_STEPS], each.generate[:WARMUP_STEPS]
