@@ -345,8 +345,7 @@ def memory_of(side: str, setting: Setting) -> tuple[float, float]:
 
 def memory_in_own_process(side: str, setting_name: str, threads: int) -> tuple[float, float]:
     command = [sys.executable, __file__, "--memory-of", side, "--setting", setting_name, "--threads", str(threads)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    rest, extra = result.stdout.split()[-2:]
+    rest, extra = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-2:]
     return float(rest), float(extra)
 
 
