@@ -119,6 +119,7 @@ def run_grpo(stage: str, config: GrpoConfig, parts: GrpoParts, run: Run, progres
             started = time.perf_counter()
             stats = loop.learn(rows, step)
             seconds["train"] = time.perf_counter() - started
+            rows = [with_measures(row, stats) for row in rows]
             run.write_trajectories(stage, step + 1, rows)
             metrics = step_metrics(rows, stats, seconds)
             run.append_metrics(stage, step + 1, metrics)
@@ -241,6 +242,14 @@ class _Loop:
         if self.parts.reference is not None:
             batches = with_reference(batches, compute_logprobs(self.parts.reference, batches, temperature))
         return batches
+
+
+def with_measures(row: ScoredTrajectory, stats: Sequence[StepStats]) -> ScoredTrajectory:
+    """The row with what its update measured on it: the largest over its segments, so 1 where any was masked."""
+    names = [f"{row.trajectory.trajectory_id}/{index}" for index in range(len(row.trajectory.segments))]
+    measured = [each.sequences[name] for each in stats for name in names if name in each.sequences]
+    keys = sorted({key for each in measured for key in each})
+    return msgspec.structs.replace(row, training={key: max(each[key] for each in measured) for key in keys})
 
 
 def judge_trajectory(task: Task, trajectory: Trajectory, rewards: Mapping[str, tuple[Reward, float]]) -> Score:

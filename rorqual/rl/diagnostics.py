@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -44,12 +44,15 @@ class Diagnostics:
 
     totals: plain sums, such as the two parts of the loss. means: pairs (sum, count) as tensors of shape [2]. maxima:
     scalars. log_ratio_N: the raw log importance ratio of every token, before any clip, for the quantiles.
+    sequences: one value a sequence, in the order of the micro-batches: "drift", and "masked" (1 where the off-policy
+    sequence mask switched the surrogate off).
     """
 
     totals: dict[str, Tensor]
     means: dict[str, Tensor]
     maxima: dict[str, Tensor]
     log_ratio_N: Tensor
+    sequences: dict[str, Tensor] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat figures for the metrics file. The only call that waits for the device."""
@@ -73,6 +76,7 @@ def merge(diagnostics: Sequence[Diagnostics]) -> Diagnostics:
         means={name: torch.stack(values).sum(0) for name, values in _columns([each.means for each in diagnostics])},
         maxima={name: torch.stack(values).max() for name, values in _columns([each.maxima for each in diagnostics])},
         log_ratio_N=torch.cat([each.log_ratio_N for each in diagnostics]),
+        sequences={name: torch.cat(values) for name, values in _columns([each.sequences for each in diagnostics])},
     )
 
 
@@ -121,6 +125,7 @@ def diagnose(
         means=means,
         maxima={"mismatch/max": largest},
         log_ratio_N=parts.log_ratio_N.detach(),
+        sequences={"drift": parts.drift_S, "masked": (~parts.mask_S).to(parts.drift_S.dtype)},
     )
 
 

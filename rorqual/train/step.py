@@ -32,7 +32,10 @@ class TrainingDiverged(ValueError):
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did. num_tokens: tokens fed, a shared prompt counted once. metrics: the objective's own figures."""
+    """What one step did. num_tokens: tokens fed, a shared prompt counted once. metrics: the objective's own figures.
+
+    sequences: by sample id, what the objective measured on that sequence alone.
+    """
 
     step: int
     loss: float
@@ -43,6 +46,7 @@ class StepStats:
     num_sequences: int
     seconds: float
     metrics: dict[str, float]
+    sequences: dict[str, dict[str, float]]
 
 
 def train_step(
@@ -78,6 +82,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     if config.balance_experts:
         model.update_expert_bias()
+    merged = merge(diagnostics)
     return StepStats(
         step=step,
         loss=total,
@@ -87,8 +92,14 @@ def train_step(
         num_targets=sum(batch.num_targets for batch in batches),
         num_sequences=sum(batch.num_sequences for batch in batches),
         seconds=time.perf_counter() - started,
-        metrics=merge(diagnostics).metrics(),
+        metrics=merged.metrics(),
+        sequences=_by_sample(merged, [name for batch in batches for name in batch.sample_ids]),
     )
+
+
+def _by_sample(diagnostics: Diagnostics, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    columns = {key: values_S.tolist() for key, values_S in diagnostics.sequences.items()}
+    return {name: {key: values[i] for key, values in columns.items()} for i, name in enumerate(names) if columns}
 
 
 def batch_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0) -> Tensor:

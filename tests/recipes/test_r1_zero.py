@@ -35,6 +35,7 @@ def test_a_run_leaves_everything_behind(uninterrupted: Path) -> None:
     assert len(rows) == 4 * 4
     assert all(row.trajectory.segments[0].weight_version == 1 for row in rows)
     assert all(row.trajectory.segments[0].routes is not None for row in rows)
+    assert all(row.training.keys() == {"drift", "masked"} for row in rows)
     line = run.metrics("rl")[1]
     for key in ("reward/total", "reward/accuracy", "length/mean", "form/well_formed", "form/corrects_itself"):
         assert key in line
