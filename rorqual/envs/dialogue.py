@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain, islice
 from typing import Any, cast
 
 import reasoning_gym
@@ -163,17 +165,63 @@ def question_of(task: Task) -> str:
     return task.messages[-1].content
 
 
-def held_out(tasks: Iterator[Task], exclude_questions: Collection[str]) -> Iterator[Task]:
-    """Those `tasks` whose question is neither among `exclude_questions` nor among the ones given before.
+SUM_QUESTION = re.compile(
+    r"(?:State the final answer to the following arithmetic problem:|Calculate|What is|Solve|Compute|Evaluate:)\s*"
+    r"(-?\d+(?:\s*[+-]\s*-?\d+)+)\s*[=.?]"
+)
+"""A question of chain_sum or basic_arithmetic that is a plain sum: integers, plus and minus, no parentheses."""
 
-    Different seeds can make the same small question; this keeps what was trained on out of an evaluation.
+SUM_TERM = re.compile(r"([+-]?)\s*(-?\d+)")
+
+
+def canonical_question(task: Task) -> str:
+    """What two tasks share when they are the same problem: `canonical_text` of the question."""
+    return canonical_text(question_of(task))
+
+
+def canonical_text(question: str) -> str:
+    """A plain sum as its sorted signed terms, whatever its order and wording; any other question as it is.
+
+    "Calculate 4 + 3 - 5." and "Calculate 3 - 5 + 4." are both "-5 +3 +4". The result is its own canonical text.
     """
-    seen = set(exclude_questions)
+    match = SUM_QUESTION.fullmatch(question.strip())
+    if match is None:
+        return question
+    terms = [-int(number) if sign == "-" else int(number) for sign, number in SUM_TERM.findall(match[1])]
+    return " ".join(f"{term:+d}" for term in sorted(terms))
+
+
+def held_out(tasks: Iterable[Task], exclude_questions: Collection[str]) -> Iterator[Task]:
+    """Those `tasks` that are neither the same problem as one of `exclude_questions` nor as one given before.
+
+    Different seeds can make the same small question; this keeps what was trained on out of an evaluation. Questions
+    are compared by their `canonical_text`, so that a sum whose terms changed places is no new problem.
+    """
+    seen = {canonical_text(question) for question in exclude_questions}
     for task in tasks:
-        question = question_of(task)
+        question = canonical_question(task)
         if question not in seen:
             seen.add(question)
             yield task
+
+
+def take_held_out(tasks: Iterable[Task], exclude_questions: Collection[str], count: int) -> list[Task]:
+    """The first `count` of `held_out`, looked for among the first 50 * count + 1000 tasks.
+
+    Raises: ValueError naming the data set when it holds too few problems that were not trained on.
+    """
+    most_scanned = 50 * count + 1000
+    remaining = iter(tasks)
+    head = list(islice(remaining, 1))
+    taken = list(islice(held_out(chain(head, islice(remaining, most_scanned - 1)), exclude_questions), count))
+    if len(taken) < count:
+        name = f"{head[0].payload.get('dataset')} with options {head[0].payload.get('options')}" if head else "No task"
+        raise ValueError(
+            f"{name} gave {len(taken)} distinct held-out problems among its first {most_scanned} tasks where {count} were "
+            "wanted; the others were trained on or repeat one another. Ask for fewer problems, train on fewer, or "
+            "choose options with more variety, say more terms or digits."
+        )
+    return taken
 
 
 def _check_name(name: str) -> None:

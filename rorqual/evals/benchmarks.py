@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from itertools import islice
 from typing import Any
 
-from rorqual.envs.dialogue import ReasoningGymTasks, held_out
+from rorqual.envs.dialogue import ReasoningGymTasks, take_held_out
 from rorqual.records import Record, Task
 from rorqual.rewards.rules import RewardConfig
 
@@ -44,16 +43,9 @@ def benchmark(name: str) -> Benchmark:
 
 
 def load_tasks(benchmark: Benchmark, exclude_questions: Collection[str] = ()) -> list[Task]:
-    """The problems, each question once, none of `exclude_questions` (what was trained on).
+    """The problems, each once, none of `exclude_questions` (what was trained on).
 
-    Raises: ValueError when the data set has not that many distinct questions.
+    Raises: ValueError when the data set has not that many distinct problems.
     """
     source = ReasoningGymTasks(benchmark.dataset, benchmark.options)
-    candidates = islice(source.tasks(benchmark.split), 50 * benchmark.num_problems + 1000)
-    tasks = list(islice(held_out(candidates, exclude_questions), benchmark.num_problems))
-    if len(tasks) < benchmark.num_problems:
-        raise ValueError(
-            f"{benchmark.dataset} with options {benchmark.options} gave {len(tasks)} distinct held-out questions where "
-            f"{benchmark.num_problems} were wanted. Ask for fewer, or choose options with more variety."
-        )
-    return tasks
+    return take_held_out(source.tasks(benchmark.split), exclude_questions, benchmark.num_problems)

@@ -15,8 +15,11 @@ from rorqual.envs.dialogue import (
     DialogueEnvironment,
     ReasoningGymConfig,
     ReasoningGymTasks,
+    canonical_question,
+    canonical_text,
     held_out,
     question_of,
+    take_held_out,
 )
 from rorqual.records import Message, Task, from_json, to_json
 
@@ -75,7 +78,51 @@ def test_held_out_drops_questions_that_were_trained_on_and_repeats() -> None:
     kept = [question_of(task) for task in held_out(itertools.islice(SUMS.tasks("test"), 60), trained)]
     assert trained.isdisjoint(kept)
     assert len(set(kept)) == len(kept)
-    assert set(kept) == set(plain) - trained
+    seen = {canonical_text(question) for question in trained}
+    assert {canonical_text(question) for question in kept} == {canonical_text(text) for text in plain} - seen
+
+
+def test_sums_of_the_same_terms_are_one_problem() -> None:
+    asked = "State the final answer to the following arithmetic problem: {} ="
+    same = ["4 + 3 - 5", "3 - 5 + 4", "4 - 5 + 3"]
+    assert {canonical_text(asked.format(each)) for each in same} == {"-5 +3 +4"}
+    assert {canonical_text(f"Calculate {each}.") for each in ["-5 + 4 - -3", *same]} == {"-5 +3 +4"}
+    assert canonical_text(asked.format("4 - 0")) == canonical_text(asked.format("0 + 4"))
+    assert canonical_text(asked.format("4 - 3")) != canonical_text(asked.format("3 - 4"))
+    for other in ("Calculate 4 + 3 * 5.", "Calculate ( 4 + 3 ) - 5.", "Tom has 4 + 3 apples.", "-5 +3 +4"):
+        assert canonical_text(other) == other
+
+
+@pytest.mark.parametrize("options", [{}, {"allow_parentheses": False, "operators": ["+", "-"]}])
+@pytest.mark.parametrize("name", ["chain_sum", "basic_arithmetic"])
+def test_the_terms_of_a_canonical_sum_add_up_to_the_answer(name: str, options: dict[str, object]) -> None:
+    num_sums = 0
+    for task in itertools.islice(ReasoningGymTasks(name, options if name != "chain_sum" else {}).tasks("train"), 200):
+        canonical = canonical_question(task)
+        if canonical != question_of(task):
+            num_sums += 1
+            assert sum(int(term) for term in canonical.split()) == int(task.payload["entry"]["answer"])
+    assert num_sums > (150 if name == "chain_sum" or options else 10)
+
+
+def test_a_held_out_sum_is_new_whatever_the_order_of_its_terms() -> None:
+    task = next(task for task in SUMS.tasks("test") if "4 + 1" in question_of(task))
+    first, _, second = task.payload["entry"]["metadata"]["expression"].split()
+    turned = question_of(task).replace(f"{first} + {second}", f"{second} + {first}")
+    assert turned != question_of(task)
+    assert list(held_out([task], [turned])) == []
+    assert list(held_out([task], [])) == [task]
+
+
+def test_a_small_question_space_is_an_error_and_no_endless_search() -> None:
+    assert len(take_held_out(SUMS.tasks("test"), [], 20)) == 20
+    with pytest.raises(
+        ValueError, match=r"chain_sum with options .* distinct held-out problems among its first 11000 tasks where"
+    ):
+        take_held_out(SUMS.tasks("test"), [], 200)
+    trained = [question_of(task) for task in itertools.islice(SUMS.tasks("train"), 3000)]
+    with pytest.raises(ValueError, match="gave 0 distinct held-out"):
+        take_held_out(SUMS.tasks("test"), trained, 1)
 
 
 def test_tasks_begin_where_they_are_told() -> None:
