@@ -181,17 +181,19 @@ class Run:
         return [from_json(line, ScoredTrajectory) for line in _whole_lines(partial)]
 
     def finish_eval(self, name: str, rows: Sequence[ScoredTrajectory], summary: Mapping[str, Any]) -> None:
-        """Seal an evaluation: every sample as Parquet, and its summary as JSON."""
+        """Seal an evaluation: every sample as Parquet, and its summary as JSON with its place among the others."""
+        places = {each: number for number, each in enumerate(self.eval_summaries())}
+        sealed = {"place": places.get(name, len(places)), "summary": dict(summary)}
         table = self._writable(f"evals/{_checked(name)}.parquet")
         write_atomic(table, lambda file: write_table(file, rows, name, 0))
-        write_atomic(table.with_suffix(".json"), lambda file: file.write(_pretty(summary)))
+        write_atomic(table.with_suffix(".json"), lambda file: file.write(_pretty(sealed)))
         table.with_suffix(".partial.jsonl").unlink(missing_ok=True)
 
     def eval_summaries(self) -> dict[str, dict[str, Any]]:
         """The summary of every finished evaluation, by name, in the order in which they were finished."""
-        found = [path for path in (self.path / "evals").glob("*.json") if not path.name.endswith(".plan.json")]
-        found.sort(key=lambda path: path.stat().st_mtime_ns)
-        return {path.stem: json.loads(path.read_bytes()) for path in found}
+        paths = [path for path in (self.path / "evals").glob("*.json") if not path.name.endswith(".plan.json")]
+        sealed = {path.stem: json.loads(path.read_bytes()) for path in paths}
+        return {name: sealed[name]["summary"] for name in sorted(sealed, key=lambda name: sealed[name]["place"])}
 
     # --------------------------------------------------------------------------------------------- checkpoints
 

@@ -274,3 +274,12 @@ def test_store_imports_without_torch() -> None:
 def test_rows_are_told_apart() -> None:
     assert make_row("a") != make_row("b")
     assert msgspec.structs.replace(make_row("a"), advantage=None) != make_row("a")
+
+
+def test_evaluations_keep_their_order_when_a_run_is_copied(run: Run) -> None:
+    for name in ("base", "rl", "control"):
+        run.finish_eval(name, [make_row(name)], {"name": name})
+    run.finish_eval("base", [make_row("base")], {"name": "base again"})
+    for age, name in enumerate(("rl", "base", "control")):
+        os.utime(run.path / "evals" / f"{name}.json", (age, age))
+    assert list(Run.read(run.path).eval_summaries()) == ["base", "rl", "control"]
