@@ -206,19 +206,19 @@ def held_out(tasks: Iterable[Task], exclude_questions: Collection[str]) -> Itera
 
 
 def take_held_out(tasks: Iterable[Task], exclude_questions: Collection[str], count: int) -> list[Task]:
-    """The first `count` of `held_out`, looked for among the first 50 * count + 1000 tasks.
+    """The first `count` of `held_out`, looked for among the first 100 * count + 1000 tasks.
 
     Raises: ValueError naming the data set when it holds too few problems that were not trained on.
     """
-    most_scanned = 50 * count + 1000
+    most_scanned = 100 * count + 1000
     remaining = iter(tasks)
     head = list(islice(remaining, 1))
     taken = list(islice(held_out(chain(head, islice(remaining, most_scanned - 1)), exclude_questions), count))
     if len(taken) < count:
         name = f"{head[0].payload.get('dataset')} with options {head[0].payload.get('options')}" if head else "No task"
         raise ValueError(
-            f"{name} gave {len(taken)} distinct held-out problems among its first {most_scanned} tasks where {count} were "
-            "wanted; the others were trained on or repeat one another. Ask for fewer problems, train on fewer, or "
+            f"{name} gave {len(taken)} distinct held-out problems among its first {most_scanned} tasks where {count} "
+            "were wanted; the others were trained on or repeat one another. Ask for fewer problems, train on fewer, or "
             "choose options with more variety, say more terms or digits."
         )
     return taken

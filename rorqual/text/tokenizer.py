@@ -7,6 +7,7 @@ plain characters unless it is told otherwise.
 from __future__ import annotations
 
 import json
+import os
 import re
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -79,14 +80,16 @@ class Tokenizer:
         return cls(backend, _configured_special_tokens(file.with_name("tokenizer_config.json")))
 
     def save(self, directory: str | Path) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads too."""
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(folder / "tokenizer.json"))
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `transformers` loads too.
+
+        Each file is whole or absent, and `tokenizer.json` comes last: where it lies, the tokenizer is complete.
+        """
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         config |= {key: self.special_tokens[name] for name, key in _CONFIG_KEYS.items() if name in self.special_tokens}
-        text = json.dumps(config, ensure_ascii=False, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
+        _write_whole(folder / "tokenizer.json", self._backend.to_str(pretty=True))
 
     def encode(self, text: str, allow_special: bool = False) -> array[int]:
         """Token ids of `text`, nothing added. `allow_special` turns the text of a special token into its id.
@@ -168,6 +171,24 @@ def train_tokenizer(
     marks = re.compile("|".join(map(re.escape, SPECIAL_TOKENS.values())))
     backend.train_from_iterator((part for text in texts for part in marks.split(text) if part), trainer)
     return Tokenizer(_with_spoken_tokens(backend))
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write beside the place, flush to the disk, then rename into it: a killed process leaves no half file."""
+    temporary = file.with_name(f".tmp-{file.name}")
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _with_spoken_tokens(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,30 @@ def test_split_special_cuts_only_where_it_is_told() -> None:
     assert TOKENIZER.split_special(text) == ["a", 5, "b", 3]
     assert TOKENIZER.split_special(text, ["<think>"]) == ["a", 5, "b<｜User｜>"]
     assert TOKENIZER.split_special("") == []
+
+
+@pytest.mark.parametrize("call", range(6))
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_kill_while_saving_leaves_a_whole_tokenizer_or_none(tmp_path: Path, monkeypatch, function, call) -> None:
+    """Whatever call the kill falls on: where tokenizer.json lies, both files are there and say what was saved."""
+    real, calls = getattr(os, function), []
+
+    def killed(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(os, function, killed)
+    try:
+        TOKENIZER.save(tmp_path)
+        assert len(calls) == {"fsync": 4, "replace": 2}[function]
+    except KeyboardInterrupt:
+        pass
+    if (tmp_path / "tokenizer.json").exists():
+        assert json.loads((tmp_path / "tokenizer_config.json").read_text())["eos_token"] == SPECIAL_TOKENS["eos"]
+        assert Tokenizer.load(tmp_path).encode("the sum of 12") == TOKENIZER.encode("the sum of 12")
+    assert {path.name for path in tmp_path.iterdir()} <= {"tokenizer.json", "tokenizer_config.json"}
+    monkeypatch.undo()
+    TOKENIZER.save(tmp_path)
+    assert Tokenizer.load(tmp_path).special_tokens == SPECIAL_TOKENS
