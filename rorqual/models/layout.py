@@ -68,8 +68,8 @@ class Run:
 def layout_from_runs(
     runs: Sequence[Run], device: torch.device | None = None, padding_limit: float = 1.25
 ) -> PackedLayout:
-    """Group runs of like shape into blocks, its queries padded to at most `padding_limit` times its
-    shortest run plus 8.
+    """Group runs of like shape into blocks. A row's queries and its keys are each padded to at most `padding_limit`
+    times their number plus 8.
 
     Raises: ValueError for an empty run or none at all.
     """
@@ -91,7 +91,8 @@ def causal_layout(lengths: Sequence[int], device: torch.device | None = None) ->
 
 
 def _similar(runs: Sequence[Run], padding_limit: float) -> list[list[Run]]:
-    """Runs with and without a prefix apart, each sorted by length and cut where padding would exceed the limit."""
+    """Runs with and without a prefix apart, each sorted by length and cut where padding would exceed the limit, then
+    each part sorted and cut by prefix."""
     groups: list[list[Run]] = []
     for run in sorted(runs, key=lambda run: (run.prefix_length > 0, run.length, run.prefix_length, run.start)):
         first = groups[-1][0] if groups else None
@@ -101,7 +102,18 @@ def _similar(runs: Sequence[Run], padding_limit: float) -> list[list[Run]]:
             and run.length <= first.length * padding_limit + 8
         )
         groups[-1].append(run) if fits else groups.append([run])
-    return groups
+    return [part for group in groups for part in _cut_by_prefix(group, padding_limit)]
+
+
+def _cut_by_prefix(group: list[Run], padding_limit: float) -> list[list[Run]]:
+    """Parts of a group, sorted by length, whose longest row of keys is within the limit of what their shortest may
+    be."""
+    shortest, longest = group[0].length, group[-1].length
+    parts: list[list[Run]] = []
+    for run in sorted(group, key=lambda run: run.prefix_length):
+        most = (parts[-1][0].prefix_length + shortest) * padding_limit + 8 if parts else 0.0
+        parts[-1].append(run) if run.prefix_length + longest <= most else parts.append([run])
+    return parts
 
 
 def _block(runs: Sequence[Run], device: torch.device | None) -> AttentionBlock:

@@ -92,6 +92,37 @@ def test_padding_is_bounded(runs: list[Run]) -> None:
         if block.query_valid_RQ is not None:
             shortest = int(block.query_valid_RQ.sum(dim=1).min())
             assert block.query_index_RQ.shape[1] <= shortest * 1.25 + 8
+            assert block.key_valid_RK is not None
+            fewest = int(block.key_valid_RK.sum(dim=1).min())
+            assert block.key_index_RK.shape[1] <= fewest * 1.25 + 8
+
+
+def test_one_long_prompt_does_not_pad_the_keys_of_others() -> None:
+    """Four groups of like completions: three behind 20 tokens, one behind 8000."""
+    runs, start = [], 0
+    for prompt in (20, 8000, 20, 20):
+        runs.append(Run(start, prompt))
+        prompt_start, start = start, start + prompt
+        for length in (40, 41):
+            runs.append(Run(start, length, prompt_start, prompt))
+            start += length
+    sizes = sorted(tuple(block.key_index_RK.shape) for block in layout_from_runs(runs).blocks)
+    assert sizes == [(1, 8000), (2, 8041), (3, 20), (6, 61)]
+
+
+@given(packings())
+def test_runs_of_like_prefix_share_a_block(runs: list[Run]) -> None:
+    """Where all prompts are equally long, keys never cut a block that queries do not."""
+    prompt = 4
+    alike, start = [Run(0, prompt)], prompt
+    for run in runs:
+        alike.append(Run(start, run.length, 0, prompt))
+        start += run.length
+    lengths, firsts = sorted(run.length for run in runs), 0
+    while lengths:
+        firsts += 1
+        lengths = [length for length in lengths if length > lengths[0] * 1.25 + 8]
+    assert len(layout_from_runs(alike).blocks) == 1 + firsts
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=8))
