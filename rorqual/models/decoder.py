@@ -16,6 +16,7 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.models.cache import CachedLayout, KVCache
@@ -68,11 +69,16 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Parameter names follow the Hugging Face checkpoints, but for the experts, which are stacked."""
+    """Parameter names follow the Hugging Face checkpoints, but for the experts, which are stacked.
+
+    checkpoint_activations: training keeps the input of each block alone and computes its inside again in backward, with
+    the same experts (arXiv 1604.06174): a third more computation for a fraction of the memory, and the same gradients.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -85,16 +91,44 @@ class Decoder(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, token_ids_T: Tensor, layout: PackedLayout, routes_TLK: Tensor | None = None) -> DecoderOutput:
-        """Hidden states [T, D] of packed tokens. `routes_TLK` forces the experts; rows of -1 leave the router free."""
+        """Hidden states [T, D] of packed tokens. `routes_TLK` forces the experts; rows of -1 leave the router free.
+
+        Raises: ValueError when the routes are not those of T tokens and of this model's mixture-of-experts layers.
+        """
+        forced = self._forced_experts(routes_TLK, len(token_ids_T))
         x_TD = self.embed_tokens(token_ids_T)
         rotation = self.rope(layout.positions_T, x_TD.dtype)
         chosen: list[Tensor] = []
-        for block in self.layers:
-            forced_TK = None if routes_TLK is None else routes_TLK[:, min(len(chosen), routes_TLK.shape[1] - 1)]
-            x_TD, experts_TK = block(x_TD, rotation, layout, forced_TK)
+        for layer, block in enumerate(self.layers):
+            x_TD, experts_TK = self._run_block(cast(Block, block), x_TD, rotation, layout, forced.get(layer))
             if experts_TK is not None:
                 chosen.append(experts_TK)
         return DecoderOutput(self.norm(x_TD), torch.stack(chosen, dim=1) if chosen else None)
+
+    def _run_block(
+        self, block: Block, x_TD: Tensor, rotation: Rotation, layout: PackedLayout, forced_TK: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+            x_TD, experts_TK = _checkpointed(block, x_TD, rotation, layout, forced_TK)
+        else:
+            x_TD, experts_TK = block(x_TD, rotation, layout, forced_TK)
+        if self.training and experts_TK is not None and isinstance(block.mlp, MixtureOfExperts):
+            block.mlp.gate.count(experts_TK)
+        return x_TD, experts_TK
+
+    def _forced_experts(self, routes_TLK: Tensor | None, num_tokens: int) -> dict[int, Tensor]:
+        """The forced experts [T, K] of each mixture-of-experts layer, by the layer's index."""
+        if routes_TLK is None:
+            return {}
+        layers = self.config.moe_layers
+        per_token = self.config.moe.experts_per_token if self.config.moe else 0
+        if tuple(routes_TLK.shape) != (num_tokens, len(layers), per_token):
+            raise ValueError(
+                f"The recorded routes are {list(routes_TLK.shape)}; expected [tokens, mixture-of-experts layers, "
+                f"experts a token] = {[num_tokens, len(layers), per_token]}. They come from another model, or from "
+                "other tokens: sample anew, or turn keep_routing off."
+            )
+        return {layer: routes_TLK[:, index] for index, layer in enumerate(layers)}
 
     def forward_cached(self, token_ids_RQ: Tensor, cache: KVCache, layout: CachedLayout) -> DecoderOutput:
         """Hidden states [R, Q, D] of new tokens, which are written to the cache; routes are [R*Q, L, K]."""
@@ -149,3 +183,19 @@ class Decoder(nn.Module):
             return self.num_parameters
         routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
         return self.num_parameters - routed + routed * moe.experts_per_token // moe.num_experts
+
+
+def _checkpointed(
+    block: Block, x_TD: Tensor, rotation: Rotation, layout: PackedLayout, forced_TK: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The block's output. Its second run, in backward, is forced to the experts that the first one chose."""
+    chosen: list[Tensor | None] = []
+
+    def run(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        out_TD, experts_TK = block(x_TD, rotation, layout, chosen[0] if chosen else forced_TK)
+        if not chosen:
+            chosen.append(experts_TK)
+        return out_TD, experts_TK
+
+    output: tuple[Tensor, Tensor | None] = checkpoint(run, x_TD, use_reentrant=False, preserve_rng_state=False)
+    return output

@@ -59,8 +59,6 @@ class Router(ExactBuffers):
         weights_TK = scores_TX.gather(1, experts_TK)
         if self.config.normalize_weights:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        if self.training:
-            self.load_X += torch.bincount(experts_TK.flatten(), minlength=self.config.num_experts)
         return weights_TK * self.config.routed_scaling, experts_TK
 
     def _choose(self, scores_TX: Tensor, forced_TK: Tensor | None) -> Tensor:
@@ -83,6 +81,11 @@ class Router(ExactBuffers):
             closed = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
             scores_TX = grouped.masked_fill(closed[..., None], float("-inf")).flatten(1)
         return scores_TX.topk(moe.experts_per_token, dim=-1).indices
+
+    @torch.no_grad()
+    def count(self, experts_TK: Tensor) -> None:
+        """Add what was chosen to the load. Apart from `forward`, which checkpointed activations run twice."""
+        self.load_X += torch.bincount(experts_TK.flatten(), minlength=self.config.num_experts)
 
     @torch.no_grad()
     def balance(self) -> None:

@@ -74,6 +74,7 @@ class GrpoConfig(Record):
     checkpoint_every_seconds: a checkpoint is written after the first optimiser step, or between two engine steps
     while rollouts
         are in flight, that comes this long after the last one; 0 writes one at each of these places.
+    checkpoint_activations: train in less memory and more time, see `models.decoder.Decoder`.
     """
 
     num_steps: int = 40
@@ -81,6 +82,7 @@ class GrpoConfig(Record):
     group_size: int = 8
     updates_per_step: int = 2
     token_budget: int = 16384
+    checkpoint_activations: bool = False
     checkpoint_every_seconds: float = 60.0
     sampling: SamplingParams = SamplingParams()
     objective: ObjectiveChoice = ObjectiveChoice()
@@ -133,6 +135,7 @@ class _Loop:
     def __init__(self, stage: str, config: GrpoConfig, parts: GrpoParts, run: Run) -> None:
         self.stage, self.config, self.parts, self.run = stage, config, parts, run
         self.objective = config.objective.resolve()
+        parts.policy.checkpoint_activations = config.checkpoint_activations
         self.optimizer = build_optimizer(parts.policy, config.optimizer)
         self.device = parts.policy.embed_tokens.weight.device
         self.engine = LocalEngine(copy.deepcopy(parts.policy), config.engine)

@@ -28,11 +28,12 @@ STAGE = "pretrain"
 
 class PretrainConfig(Record):
     """Length and pace of pre-training. prompt_weight: loss weight of the question's tokens, 1 for those of the
-    answer."""
+    answer. checkpoint_activations: train in less memory and more time, see `models.decoder.Decoder`."""
 
     num_steps: int = 1000
     documents_per_step: int = 64
     token_budget: int = 8192
+    checkpoint_activations: bool = False
     prompt_weight: float = 0.1
     checkpoint_every_steps: int = 200
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -83,6 +84,7 @@ def run_pretrain(
     config: PretrainConfig, model: Decoder, corpus: Corpus, encoding: Encoding, run: Run, progress: Progress
 ) -> None:
     """Train `model` in place; resumes from the newest checkpoint of this run."""
+    model.checkpoint_activations = config.checkpoint_activations
     optimizer = build_optimizer(model, config.optimizer)
     done = 0
     checkpoint = run.latest_checkpoint(STAGE)

@@ -45,6 +45,21 @@ def test_each_layer_is_forced_by_its_own_column(tiny_decoder: Callable[..., Deco
     assert (partly[4] >= 0).all()
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "needed"),
+    (
+        ("mla", (9, 1, 3), r"\[9, 1, 3\].*\[9, 2, 3\]"),
+        ("mla", (8, 2, 3), r"\[8, 2, 3\]"),
+        ("gqa", (9, 1, 2), r"\[9, 0, 0\]"),
+    ),
+)
+def test_routes_of_another_model_are_refused(
+    tiny_decoder: Callable[..., Decoder], kind: str, shape: tuple[int, ...], needed: str
+) -> None:
+    with pytest.raises(ValueError, match=needed):
+        tiny_decoder(kind)(random_ids(9), causal_layout([9]), torch.zeros(shape, dtype=torch.int16))
+
+
 def test_cached_routes_are_the_packed_ones(tiny_decoder: Callable[..., Decoder]) -> None:
     decoder, ids = tiny_decoder("mla"), random_ids(14)
     expected = decoder(ids, causal_layout([7, 7])).routes
@@ -98,3 +113,55 @@ def test_update_expert_bias_reaches_every_router(tiny_decoder: Callable[..., Dec
     decoder.update_expert_bias()
     for bias, old in zip(biases, before, strict=True):
         assert (bias - old).abs().max().item() == pytest.approx(decoder.config.moe.balance_rate, rel=1e-3)
+
+
+def test_evaluation_counts_no_load(tiny_decoder: Callable[..., Decoder]) -> None:
+    decoder = tiny_decoder("mla").eval()
+    decoder(random_ids(30), causal_layout([30]))
+    assert not any(block.mlp.gate.load_X.any() for block in decoder.layers[1:])
+
+
+def trained(decoder: Decoder, between: Callable[[], None] = lambda: None) -> tuple[list[torch.Tensor | None], int]:
+    """Gradients of a pass in training mode, and how many numbers backward kept; `between` runs before backward."""
+    decoder.train()
+    decoder.zero_grad(set_to_none=True)
+    kept = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_TD = decoder(random_ids(40), causal_layout([10, 30])).hidden
+    between()
+    (hidden_TD * torch.linspace(-1, 1, hidden_TD.numel(), dtype=hidden_TD.dtype).view_as(hidden_TD)).sum().backward()
+    return [parameter.grad for parameter in decoder.parameters()], sum(kept)
+
+
+@pytest.mark.parametrize("kind", ("gqa", "mla", "softmax"))
+def test_checkpointed_activations_give_the_same_gradients_and_loads(
+    tiny_decoder: Callable[..., Decoder], kind: str
+) -> None:
+    plain, frugal = tiny_decoder(kind), tiny_decoder(kind)
+    frugal.checkpoint_activations = True
+    expected, kept = trained(plain)
+    found, fewer = trained(frugal)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+    assert any(gradient is not None and gradient.any() for gradient in expected)
+    assert fewer * 10 < kept
+    for mine, theirs in zip(frugal.buffers(), plain.buffers(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_backward_visits_the_experts_that_were_chosen(tiny_decoder: Callable[..., Decoder]) -> None:
+    """Even where the router would choose others by then."""
+    plain, frugal = tiny_decoder("mla"), tiny_decoder("mla")
+    frugal.checkpoint_activations = True
+
+    def steer() -> None:
+        for block in frugal.layers[1:]:
+            block.mlp.gate.e_score_correction_bias.add_(torch.linspace(-9, 9, block.mlp.gate.config.num_experts))
+
+    for mine, theirs in zip(trained(frugal, steer)[0], trained(plain)[0], strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
