@@ -27,7 +27,7 @@ from rorqual.recipes.progress import Progress
 from rorqual.records import Record, SamplingParams, Score, Task, Trajectory, from_json, to_json
 from rorqual.rewards.rules import score
 from rorqual.rl.advantages import group_advantages
-from rorqual.rl.diagnostics import sampling_metrics
+from rorqual.rl.diagnostics import merge, sampling_metrics
 from rorqual.rl.objective import PRESETS, ObjectiveConfig
 from rorqual.rl.samples import FAILED_ENDS, train_samples
 from rorqual.rollout.episode import EpisodeConfig
@@ -51,7 +51,10 @@ from rorqual.train.step import (
 
 
 class ObjectiveChoice(Record):
-    """A preset of the RL objective ("v32" or "r1") and the fields of it to change: `changes = { clip_high = 0.28 }`."""
+    """A preset of the RL objective ("v32" or "r1") and the fields of it to change: `changes = { clip_high = 0.28 }`.
+
+    KL strengths of domains are added to those of the preset.
+    """
 
     preset: str = "v32"
     changes: dict[str, Any] = {}
@@ -63,7 +66,9 @@ class ObjectiveChoice(Record):
         """Raises: ValueError for an unknown preset or field, or for changes that do not go together."""
         if self.preset not in PRESETS:
             raise ValueError(f"There is no objective preset {self.preset!r}; there are {', '.join(PRESETS)}.")
-        fields = msgspec.to_builtins(PRESETS[self.preset]) | self.changes
+        preset = PRESETS[self.preset]
+        fields = msgspec.to_builtins(preset) | self.changes
+        fields["kl_strength_by_domain"] = preset.kl_strength_by_domain | self.changes.get("kl_strength_by_domain", {})
         return msgspec.convert(fields, ObjectiveConfig)
 
 
@@ -88,6 +93,29 @@ class GrpoConfig(Record):
     objective: ObjectiveChoice = ObjectiveChoice()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
+    allow_unmatched_support: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises: ValueError naming the field that is out of range, or settings that do not go together."""
+        ranges = {
+            "num_steps": self.num_steps >= 1,
+            "tasks_per_step": self.tasks_per_step >= 1,
+            "group_size": self.group_size >= 2,
+            "updates_per_step": 1 <= self.updates_per_step <= self.tasks_per_step,
+            "token_budget": self.token_budget >= 1,
+            "checkpoint_every_seconds": self.checkpoint_every_seconds >= 0.0,
+            "sampling.temperature": self.sampling.temperature > 0.0,
+        }
+        for name, valid in ranges.items():
+            if not valid:
+                raise ValueError(f"GrpoConfig.{name} is out of range: a group needs two members, an update one task.")
+        keeps_mask = self.objective.resolve().keep_sampling_mask
+        if self.sampling.truncates and not keeps_mask and not self.allow_unmatched_support:
+            raise ValueError(
+                "GrpoConfig.sampling truncates the distribution, and the objective does not keep the sampling mask: "
+                "behaviour and current log-probs would be over different supports. Set sampling.top_p = 1, or "
+                "objective.changes.keep_sampling_mask = true, or allow_unmatched_support = true to do it all the same."
+            )
 
 
 @dataclass(frozen=True)
@@ -125,7 +153,8 @@ def run_grpo(stage: str, config: GrpoConfig, parts: GrpoParts, run: Run, progres
             run.write_trajectories(stage, step + 1, rows)
             metrics = step_metrics(rows, stats, seconds)
             run.append_metrics(stage, step + 1, metrics)
-            bar.advance(step + 1, {"reward": metrics["reward/total"], "length": metrics["length/mean"]})
+            shown = {"reward": "reward/total", "length": "length/mean"}
+            bar.advance(step + 1, {name: metrics[key] for name, key in shown.items() if key in metrics})
             loop.checkpoint(step + 1, force=step + 1 == config.num_steps)
 
 
@@ -198,7 +227,7 @@ class _Loop:
         tasks = [group.task for group in groups for _ in group.trajectories]
         scores = [judge_trajectory(task, t, self.parts.rewards) for task, t in zip(tasks, trajectories, strict=True)]
         if self.parts.shuffle_rewards:
-            random.Random(f"{self.parts.seed}/shuffle/{step}").shuffle(scores)
+            scores = shuffled(scores, random.Random(f"{self.parts.seed}/shuffle/{step}"))
         rows, size = [], self.config.group_size
         for start in range(0, len(trajectories), size):
             members = scores[start : start + size]
@@ -247,6 +276,15 @@ class _Loop:
         return batches
 
 
+def shuffled(scores: Sequence[Score], rng: random.Random) -> list[Score]:
+    """The scores dealt out anew; one with an error stays with its trajectory, which must not be trained on."""
+    usable = [index for index, each in enumerate(scores) if each.error is None]
+    dealt = list(scores)
+    for index, source in zip(usable, rng.sample(usable, len(usable)), strict=True):
+        dealt[index] = scores[source]
+    return dealt
+
+
 def with_measures(row: ScoredTrajectory, stats: Sequence[StepStats]) -> ScoredTrajectory:
     """The row with what its update measured on it: the largest over its segments, so 1 where any was masked."""
     names = [f"{row.trajectory.trajectory_id}/{index}" for index in range(len(row.trajectory.segments))]
@@ -271,25 +309,33 @@ def step_metrics(
     texts = [row.trajectory.evidence.response for row in rows]
     lengths = [row.trajectory.evidence.num_sampled_tokens for row in rows]
     metrics: dict[str, Any] = {
-        "reward/total": _mean([row.score.total for row in judged]),
-        **{f"reward/{name}": _mean([row.score.parts[name] for row in judged]) for name in parts},
         "reward/errors": len(rows) - len(judged),
-        "length/mean": _mean(lengths),
+        "length/mean": statistics.fmean(lengths),
         "length/max": max(lengths),
-        "length/truncated": _mean([row.trajectory.end == "length" for row in rows]),
-        "form/well_formed": _mean([parse_response(text).well_formed for text in texts]),
-        "form/corrects_itself": _mean([corrects_itself(text) for text in texts]),
+        "length/truncated": statistics.fmean(row.trajectory.end == "length" for row in rows),
+        "form/well_formed": statistics.fmean(parse_response(text).well_formed for text in texts),
+        "form/corrects_itself": statistics.fmean(corrects_itself(text) for text in texts),
         **sampling_metrics([row.trajectory for row in rows]),
         **{f"seconds/{name}": value for name, value in seconds.items()},
     }
-    for name in sorted({key for each in stats for key in each.metrics}):
-        metrics[f"policy/{name}"] = _mean([each.metrics[name] for each in stats if name in each.metrics])
-    if stats:
-        metrics["policy/gradient_norm"] = _mean([each.gradient_norm for each in stats])
-        metrics["policy/learning_rate"] = stats[-1].learning_rate
-        metrics |= {f"first_update/{k}": v for k, v in stats[0].metrics.items() if k.startswith(("mismatch", "ratio"))}
+    if judged:
+        metrics["reward/total"] = statistics.fmean(row.score.total for row in judged)
+        metrics |= {f"reward/{name}": statistics.fmean(row.score.parts[name] for row in judged) for name in parts}
+    return metrics | (update_metrics(stats) if stats else {})
+
+
+def update_metrics(stats: Sequence[StepStats]) -> dict[str, float]:
+    """What the optimiser steps of one rollout batch did, over all their tokens and sequences.
+
+    Before the first of them the trainer's weights are the engine's, so the mismatch between the two is taken there:
+    later it would hold the policy's own movement.
+    """
+    first = stats[0].diagnostics.metrics()
+    together = merge([each.diagnostics for each in stats]).metrics()
+    together |= {name: value / len(stats) for name, value in together.items() if name.startswith("loss/")}
+    metrics = {f"policy/{name}": value for name, value in together.items() if not name.startswith("mismatch/")}
+    metrics |= {f"policy/{name}": value for name, value in first.items() if name.startswith("mismatch/")}
+    metrics |= {f"first_update/{name}": value for name, value in first.items() if name.startswith("ratio/")}
+    metrics["policy/gradient_norm"] = statistics.fmean(each.gradient_norm for each in stats)
+    metrics["policy/learning_rate"] = stats[-1].learning_rate
     return metrics
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values) if values else 0.0

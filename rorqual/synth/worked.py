@@ -122,10 +122,6 @@ class Corpus:
             num_kept_slips=sum(step.slip == "kept" for step in worked.steps),
         )
 
-    def question(self, index: int) -> str:
-        """The question of document `index`, without solving it."""
-        return str(self._entry(index)[1]["question"])
-
     def _entry(self, index: int) -> tuple[Source, Entry]:
         source = self.sources[index % len(self.sources)]
         return source, source.entry(index // len(self.sources))

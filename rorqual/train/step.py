@@ -32,9 +32,10 @@ class TrainingDiverged(ValueError):
 
 @dataclass(frozen=True)
 class StepStats:
-    """What one step did. num_tokens: tokens fed, a shared prompt counted once. metrics: the objective's own figures.
+    """What one step did. num_tokens: tokens fed, a shared prompt counted once.
 
-    sequences: by sample id, what the objective measured on that sequence alone.
+    diagnostics: what the objective measured, mergeable with that of other steps. sample_ids: the sequences, in the
+    order of `diagnostics.sequences`.
     """
 
     step: int
@@ -45,8 +46,14 @@ class StepStats:
     num_targets: int
     num_sequences: int
     seconds: float
-    metrics: dict[str, float]
-    sequences: dict[str, dict[str, float]]
+    diagnostics: Diagnostics
+    sample_ids: tuple[str, ...]
+
+    @property
+    def sequences(self) -> dict[str, dict[str, float]]:
+        """By sample id, what the objective measured on that sequence alone."""
+        columns = {key: values_S.tolist() for key, values_S in self.diagnostics.sequences.items()}
+        return {name: {key: column[i] for key, column in columns.items()} for i, name in enumerate(self.sample_ids)}
 
 
 def train_step(
@@ -82,7 +89,6 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     if config.balance_experts:
         model.update_expert_bias()
-    merged = merge(diagnostics)
     return StepStats(
         step=step,
         loss=total,
@@ -92,14 +98,9 @@ def train_step(
         num_targets=sum(batch.num_targets for batch in batches),
         num_sequences=sum(batch.num_sequences for batch in batches),
         seconds=time.perf_counter() - started,
-        metrics=merged.metrics(),
-        sequences=_by_sample(merged, [name for batch in batches for name in batch.sample_ids]),
+        diagnostics=merge(diagnostics),
+        sample_ids=tuple(name for batch in batches for name in batch.sample_ids),
     )
-
-
-def _by_sample(diagnostics: Diagnostics, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    columns = {key: values_S.tolist() for key, values_S in diagnostics.sequences.items()}
-    return {name: {key: values[i] for key, values in columns.items()} for i, name in enumerate(names) if columns}
 
 
 def batch_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from rorqual.config import load_config
 from rorqual.recipes import grpo, r1_zero
 from rorqual.recipes.progress import SilentProgress
-from rorqual.records import Evidence, Task
+from rorqual.records import Evidence, Score, Task
 from rorqual.rl.diagnostics import Diagnostics
 from rorqual.store.files import StoreError
 from rorqual.store.run import Run
@@ -83,9 +84,23 @@ def _poisoned(objective: Objective) -> Objective:
     return poisoned
 
 
+def test_a_shuffled_score_never_leaves_a_failed_trajectory() -> None:
+    failed = Score(total=0.0, parts={}, error="sandbox_failed: gone")
+    scores = [Score(total=float(i), parts={}) if i % 3 else failed for i in range(20)]
+    dealt = grpo.shuffled(scores, random.Random(0))
+    assert [score.error for score in dealt] == [score.error for score in scores]
+    assert sorted(score.total for score in dealt) == sorted(score.total for score in scores)
+    assert dealt != scores
+
+
 def test_prompts_longer_than_the_window_are_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No task fits: every trajectory says so, and nothing is trained."""
-    settings = [*with_reward("always_one"), "grpo.num_steps=1", "grpo.engine.context_window=6"]
+    settings = [
+        *with_reward("always_one"),
+        "grpo.num_steps=1",
+        "grpo.engine.context_window=6",
+        "grpo.sampling.max_new_tokens=4",
+    ]
     run_training_only(tmp_path / "run", settings, monkeypatch)
     rows = Run.read(tmp_path / "run").read_trajectories("rl", 1)
     assert {row.trajectory.end for row in rows} == {"prompt_too_long"}
@@ -109,10 +124,19 @@ def test_other_settings_do_not_go_on_with_a_run(uninterrupted: Path) -> None:
         ("checkpoint=somewhere", "either `model`"),
         ("model.vocab_size=200", "vocab_size = 200 is too small"),
         ("tokenizer.path=nowhere", "no tokenizer at nowhere"),
+        ("grpo.updates_per_step=0", "updates_per_step is out of range"),
+        ("grpo.group_size=1", "group_size is out of range"),
+        ("grpo.sampling.temperature=0.0", "temperature is out of range"),
+        ("grpo.objective.preset=r1", "different supports"),
+        ("grpo.sampling.max_new_tokens=96", "no room for a prompt"),
+        ("evaluation.num_problems=500", "gave 107 distinct held-out problems"),
+        ("device=cuda", "torch sees no GPU"),
+        ("evaluation.protocol.metric=taste", "averages taste"),
     ],
 )
 def test_bad_settings_are_named(tmp_path: Path, setting: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config = load_config(MICRO, r1_zero.Config, [setting])
+        r1_zero.check(config)
         with Run.open(tmp_path / "run", config, r1_zero.seeds(config)) as run:
             r1_zero.main(config, run, SilentProgress())

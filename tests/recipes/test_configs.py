@@ -67,5 +67,5 @@ def test_the_config_for_a_real_checkpoint_runs_on_random_weights(tmp_path: Path)
     )
     with Run.open(tmp_path / "run", config, r1_zero.seeds(config)) as run:
         r1_zero.main(config, run, SilentProgress())
-        assert run.metrics("rl")[0]["first_update/mismatch/max"] < 1e-3
+        assert run.metrics("rl")[0]["policy/mismatch/max"] < 1e-3
         assert list(run.eval_summaries()) == ["base-greedy", "base-r1", "rl-greedy", "rl-r1"]

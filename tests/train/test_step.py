@@ -160,7 +160,7 @@ def test_two_sgd_steps_on_documents_equal_a_plain_loop() -> None:
         stats = train_step(model, optimizer, batches, language_model_objective(batches), NO_CLIP, step)
         loss = _plain_step(plain, documents, each)
         assert stats.loss == pytest.approx(loss, rel=1e-12)
-        assert stats.metrics["cross_entropy"] == pytest.approx(loss, rel=1e-12)
+        assert stats.diagnostics.metrics()["cross_entropy"] == pytest.approx(loss, rel=1e-12)
         assert (stats.num_tokens, stats.num_sequences) == (26, 3)
     torch.testing.assert_close(model.state_dict(), plain.state_dict(), rtol=1e-10, atol=1e-12)
 
@@ -205,7 +205,7 @@ def test_policy_training_raises_the_probability_of_what_was_rewarded() -> None:
     for step in range(3):
         stats = train_step(model, optimizer, on_policy, objective, config, step)
         if step == 0:
-            assert stats.metrics["ratio/min"] == stats.metrics["ratio/max"] == pytest.approx(1.0, abs=1e-5)
+            assert stats.diagnostics.metrics()["ratio/min"] == stats.diagnostics.metrics()["ratio/max"] == pytest.approx(1.0, abs=1e-5)
     after = compute_logprobs(model, batches)
     gain = sum(
         float((batch.advantage_S[batch.sequence_index_N] * (late - early)).sum())
