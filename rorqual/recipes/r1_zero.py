@@ -75,8 +75,8 @@ class R1ZeroConfig(Record):
         window = self.grpo.engine.context_window or (self.model.context_window if self.model else 0)
         if window and self.grpo.sampling.max_new_tokens >= window:
             raise ValueError(
-            raise ValueError("R1ZeroConfig needs either `model` (a base is pre-trained) or `checkpoint` (one is read)")
-                f"window of {window}; lower it, or raise the window."
+                f"grpo.sampling.max_new_tokens = {self.grpo.sampling.max_new_tokens} leaves no room for a prompt in "
+                f"the window of {window}; lower it, or raise the window."
             )
 
 
