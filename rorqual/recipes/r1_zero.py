@@ -141,6 +141,7 @@ def _base_model(config: R1ZeroConfig, run: Run, progress: Progress) -> tuple[Dec
     base = Decoder(config.model)
     base.initialize(torch.Generator().manual_seed(config.seed))
     base.to(torch.device(config.device), dtype)
+    progress.say(f"A model of {base.num_parameters:,} parameters, {base.num_active_parameters:,} active for a token.")
     run_pretrain(config.pretrain, base, corpus, encoding, run, progress)
     return base, encoding
 

@@ -127,11 +127,6 @@ def policy_loss(tokens: PolicyTokens, config: ObjectiveConfig, scale: LossScale)
     return surrogate_loss + kl_loss, diagnostics
 
 
-def token_cross_entropy(logprobs_N: Tensor, scale: LossScale) -> Tensor:
-    """Language-model loss in nats: minus the summed log-probs of these target tokens, over all targets of the step."""
-    return -logprobs_N.sum() / scale.num_tokens
-
-
 # ------------------------------------------------------------------------------------------------------ terms
 
 

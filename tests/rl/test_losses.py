@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rorqual.rl.diagnostics import Diagnostics, merge
-from rorqual.rl.losses import LossScale, PolicyTokens, policy_loss, token_cross_entropy
+from rorqual.rl.losses import LossScale, PolicyTokens, policy_loss
 from rorqual.rl.objective import PRESETS, ObjectiveConfig
 
 CONFIGS = {
@@ -343,12 +343,3 @@ def test_tokens_of_a_sequence_need_not_be_neighbours() -> None:
         torch.autograd.grad(loss, each.current_N)[0] for loss, each in zip(losses, (tokens, mixed), strict=True)
     ]
     torch.testing.assert_close(gradients[0][order], gradients[1])
-
-
-def test_a_token_cross_entropy_step_is_independent_of_the_split() -> None:
-    logprobs_N = torch.tensor([-1.0, -2.0, -4.0, -1.0], dtype=torch.float64, requires_grad=True)
-    scale = LossScale(num_sequences=2, num_tokens=4)
-    assert token_cross_entropy(logprobs_N, scale).item() == 2.0
-    split = token_cross_entropy(logprobs_N[:1], scale) + token_cross_entropy(logprobs_N[1:], scale)
-    assert split.item() == 2.0
-    assert torch.autograd.grad(split, logprobs_N)[0].tolist() == [-0.25] * 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from array import array
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from rorqual.train.checkpoint import load_training_state, load_weights, restore_random_states, save_training_state
-from rorqual.train.documents import DocumentStream
 from rorqual.train.optim import OptimizerConfig, build_optimizer
 from rorqual.train.state import read_tensors, write_tensors
 from tests.train.fakes import build_decoder
@@ -111,29 +109,3 @@ def test_state_that_cannot_be_stored_is_refused_by_place(tmp_path: Path) -> None
     model = build_decoder("gqa", torch.float32)
     with pytest.raises(ValueError, match=r"state\['extra'\]\['engine'\] is a object"):
         save_training_state(tmp_path, model, build_optimizer(model, OptimizerConfig()), {"engine": object()})
-
-
-def one(index: int) -> array[int]:
-    return array("i", [index])
-
-
-def test_a_finite_stream_reads_every_document_once_an_epoch_in_a_new_order() -> None:
-    stream = DocumentStream(one, documents_per_batch=3, num_documents=7, seed=1)
-    read = [document[0] for _ in range(7) for document in stream.next_batch()]
-    epochs = [read[start : start + 7] for start in (0, 7, 14)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-def test_a_stream_goes_on_where_it_was() -> None:
-    for num_documents in (None, 5):
-        first, second = (DocumentStream(one, 2, num_documents, seed=3) for _ in range(2))
-        for _ in range(4):
-            first.next_batch()
-        second.load_state_dict(first.state_dict())
-        assert second.cursor == 8
-        assert [second.next_batch() for _ in range(3)] == [first.next_batch() for _ in range(3)]
-    with pytest.raises(ValueError, match="saved with num_documents = 5"):
-        DocumentStream(one, 2).load_state_dict(first.state_dict())
-    with pytest.raises(ValueError, match="expected at least 1"):
-        DocumentStream(one, 0)
