@@ -43,8 +43,10 @@ class LocalEngine:
         self.model, self.config = model, config or EngineConfig()
         self.weight_version = weight_version
         self.context_window = self.config.context_window or model.config.context_window
-        self.table = SlotTable(model, self.config.num_slots, min(INITIAL_CAPACITY, self.context_window))
+        capacity = min(INITIAL_CAPACITY, self.context_window)
+        self.table = SlotTable(model, self.config.num_slots, capacity, max_capacity=self.context_window)
         self.queue: deque[GenerateRequest] = deque()
+        self.undelivered: list[Completion] = []
         self.num_decoding = 0
         self.num_steps = 0
 
@@ -52,19 +54,31 @@ class LocalEngine:
 
     @property
     def num_unfinished(self) -> int:
+        """Requests whose completion no `step` or `generate` has returned yet."""
+        return self.num_in_flight + len(self.undelivered)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Requests that wait or are being answered."""
         return len(self.queue) + sum(request is not None for request in self.table.requests)
 
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
         """Queue requests. Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then
         none of the requests is queued."""
-        in_flight = {r.request_id for r in (*self.queue, *self.table.requests) if r is not None}
+        in_flight = {r.request_id for r in (*self.queue, *self.table.requests, *self.undelivered) if r is not None}
         for request in requests:
             self._check(request, in_flight)
             in_flight.add(request.request_id)
         self.queue.extend(requests)
 
-    @torch.inference_mode()
     def step(self) -> list[Completion]:
+        """Advance all requests; the completions that ended, those first that ended during a call of `generate`."""
+        self.undelivered += self._advance()
+        delivered, self.undelivered = self.undelivered, []
+        return delivered
+
+    @torch.inference_mode()
+    def _advance(self) -> list[Completion]:
         self.num_steps += 1
         if self.model.training:  # walking through all modules each step would cost more than a small model's layer
             self.model.eval()
@@ -73,12 +87,19 @@ class LocalEngine:
         return finished + self._prefill()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        """Run `requests` to their end, alone or beside others in flight, and return them in their order."""
+        """Run `requests` to their end, alone or beside others in flight, and return them in their order.
+
+        Others that end meanwhile are returned by the next `step`.
+        """
         self.submit(requests)
         done: dict[str, Completion] = {}
         wanted = {request.request_id for request in requests}
         while not wanted <= done.keys():
-            done |= {completion.request_id: completion for completion in self.step()}
+            for completion in self._advance():
+                if completion.request_id in wanted:
+                    done[completion.request_id] = completion
+                else:
+                    self.undelivered.append(completion)
         return [done[request.request_id] for request in requests]
 
     def load_weights(self, source: Decoder, version: int) -> None:
@@ -86,9 +107,9 @@ class LocalEngine:
 
         Raises: ValueError while requests are in flight, since one completion would then come from two policies.
         """
-        if self.num_unfinished:
+        if self.num_in_flight:
             raise ValueError(
-                f"{self.num_unfinished} requests are in flight; let them end before new weights are loaded."
+                f"{self.num_in_flight} requests are in flight; let them end before new weights are loaded."
             )
         if source is not self.model:
             self.model.load_state_dict(source.state_dict())
@@ -100,6 +121,7 @@ class LocalEngine:
         return {
             "table": self.table.state_dict(),
             "queue": [to_json(request).decode() for request in self.queue],
+            "undelivered": to_json(self.undelivered).decode(),
             "num_decoding": self.num_decoding,
             "num_steps": self.num_steps,
             "weight_version": self.weight_version,
@@ -108,6 +130,7 @@ class LocalEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.table.load_state_dict(state["table"])
         self.queue = deque(from_json(request, GenerateRequest) for request in state["queue"])
+        self.undelivered = from_json(state["undelivered"], list[Completion])
         self.num_decoding, self.num_steps = int(state["num_decoding"]), int(state["num_steps"])
         self.weight_version = int(state["weight_version"])
 
@@ -136,7 +159,7 @@ class LocalEngine:
         pending = {
             bytes(r.prompt_ids)
             for slot, r in enumerate(self.table.requests)
-            if r is not None and slot >= self.num_decoding
+            if r is not None and self._missing(slot) > 0
         }
         waiting: deque[GenerateRequest] = deque()
         while self.queue:
@@ -209,10 +232,16 @@ class LocalEngine:
         return int(self.table.prompt_length[slot] - self.table.cached[slot])
 
     def _feed_chunk(self, slots: list[int]) -> None:
-        """The shortest prompts first, as many as the chunk holds; a prompt longer than the chunk is fed in parts."""
+        """The shortest prompts first, as many as the chunk holds; a prompt longer than the chunk is fed in parts.
+
+        Rows are padded to the longest, which may go past a row's end but not past the window.
+        """
         table, budget = self.table, self.config.prefill_chunk_tokens
-        count = 1
+        count, furthest = 1, int(table.cached[slots[0]])
         while count < len(slots) and (count + 1) * self._missing(slots[count]) <= budget:
+            furthest = max(furthest, int(table.cached[slots[count]]))
+            if furthest + self._missing(slots[count]) > self.context_window:
+                break
             count += 1
         rows = np.array(slots[:count])
         num_queries = min(self._missing(slots[count - 1]), budget)

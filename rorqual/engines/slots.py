@@ -33,8 +33,8 @@ class SlotTable:
     D]: hidden state after the last prompt token; routes [S, C, L*K]; kept: one array of ids for each drawn token.
     """
 
-    def __init__(self, model: Decoder, num_slots: int, capacity: int) -> None:
-        self.num_slots, self.capacity = num_slots, capacity
+    def __init__(self, model: Decoder, num_slots: int, capacity: int, max_capacity: int) -> None:
+        self.num_slots, self.capacity, self.max_capacity = num_slots, capacity, max_capacity
         self.cache: KVCache = model.new_cache(num_slots, capacity)
         self.tokens = np.zeros((num_slots, capacity), dtype=np.int64)
         self.logprobs = np.zeros((num_slots, capacity), dtype=np.float32)
@@ -59,19 +59,22 @@ class SlotTable:
         return min(idle, key=lambda s: (self.last_used[s], s)) if idle else None
 
     def longest_prefix(self, prompt: np.ndarray) -> tuple[int, int]:
-        """The slot whose cached tokens share the longest beginning with `prompt`, and that length (0: none)."""
+        """The slot whose cached tokens share the longest beginning with `prompt`, and that length (0: none).
+
+        Among equals, one whose own prompt is as long: `prompt_hidden` then has what follows from it.
+        """
         usable = np.minimum(self.cached, len(prompt))
         candidates = np.flatnonzero((usable > 0) & (self.tokens[:, 0] == prompt[0]))
-        best_slot, best_length = -1, 0
+        best_slot, best = -1, (0, False)
         for slot in candidates.tolist():
-            limit = int(usable[slot])
-            if limit <= best_length:
+            limit, alike = int(usable[slot]), int(self.prompt_length[slot]) == len(prompt)
+            if (limit, alike) <= best:
                 continue
             different = np.flatnonzero(self.tokens[slot, :limit] != prompt[:limit])
             shared = int(different[0]) if len(different) else limit
-            if shared > best_length:
-                best_slot, best_length = slot, shared
-        return best_slot, best_length
+            if (shared, alike) > best:
+                best_slot, best = slot, (shared, alike)
+        return best_slot, best[0]
 
     def occupy(self, slot: int, request: GenerateRequest, step: int) -> None:
         """Give `slot` to `request`; what the cache holds of it must be set by the caller."""
@@ -105,10 +108,18 @@ class SlotTable:
         self.kept[first], self.kept[second] = self.kept[second], self.kept[first]
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a slot, at least doubling."""
+        """Make room for `capacity` tokens a slot, at least doubling, up to `max_capacity`.
+
+        Raises: ValueError for more than `max_capacity`.
+        """
         if capacity <= self.capacity:
             return
-        extra = max(capacity, 2 * self.capacity) - self.capacity
+        if capacity > self.max_capacity:
+            raise ValueError(
+                f"A slot would need {capacity} tokens, and the window holds {self.max_capacity}; raise "
+                "engine.context_window."
+            )
+        extra = min(max(capacity, 2 * self.capacity), self.max_capacity) - self.capacity
         for name in (*ROW_COLUMNS, "routes"):
             column = getattr(self, name)
             padding = [(0, 0), (0, extra)] + [(0, 0)] * (column.ndim - 2)
@@ -155,34 +166,41 @@ class SlotTable:
     # ---------------------------------------------------------------------------------------------------- resume
 
     def state_dict(self) -> dict[str, Any]:
-        """All columns and the cache, cut to the longest sequence."""
-        width = max(1, int(self.length.max()))
-        state: dict[str, Any] = {name: getattr(self, name)[:, :width].copy() for name in (*ROW_COLUMNS, "routes")}
+        """The slots that hold a request or reusable tokens: their columns, and their cache on the CPU, cut to the
+        longest. Of the others only what decides the order in which slots are taken."""
+        slots = np.flatnonzero(np.array([r is not None for r in self.requests]) | (self.cached > 0))
+        width = int(np.maximum(self.length, self.cached)[slots].max(initial=0))
+        num_cached = int(self.cached.max())
+        state: dict[str, Any] = {name: getattr(self, name)[slots, :width] for name in (*ROW_COLUMNS, "routes")}
         state |= {name: getattr(self, name).copy() for name in SLOT_COLUMNS}
-        state["cache"] = [[column[:, :width].clone() for column in columns] for columns in self.cache.columns]
-        state["prompt_hidden"] = self.prompt_hidden.clone()
+        state["slots"] = slots
+        where = torch.from_numpy(slots).to(self.prompt_hidden.device)
+        state["cache"] = [[column[where, :num_cached].cpu() for column in columns] for columns in self.cache.columns]
+        state["prompt_hidden"] = self.prompt_hidden[where].cpu()
         state["requests"] = [None if r is None else to_json(r).decode() for r in self.requests]
         state["kept_ids"] = [np.concatenate(k) if k else np.zeros(0, dtype=np.int32) for k in self.kept]
         state["kept_counts"] = [np.array([len(ids) for ids in k], dtype=np.int64) for k in self.kept]
         return state
 
+    @torch.inference_mode()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises: ValueError when the state is of another number of slots."""
+        """Raises: ValueError when the state is of another number of slots, or of a larger window."""
         if len(state["requests"]) != self.num_slots:
             raise ValueError(
                 f"The saved engine has {len(state['requests'])} slots, this one {self.num_slots}; "
                 "set engine.num_slots back."
             )
-        width = state["tokens"].shape[1]
+        slots, width = np.asarray(state["slots"]), state["tokens"].shape[1]
         self.grow(width)
         for name in (*ROW_COLUMNS, "routes"):
-            getattr(self, name)[:, :width] = np.asarray(state[name])
+            getattr(self, name)[slots, :width] = np.asarray(state[name])
         for name in SLOT_COLUMNS:
             getattr(self, name)[:] = np.asarray(state[name])
+        where = torch.from_numpy(slots).to(self.prompt_hidden.device)
         for columns, saved in zip(self.cache.columns, state["cache"], strict=True):
             for column, values in zip(columns, saved, strict=True):
-                column[:, :width] = values
-        self.prompt_hidden[:] = state["prompt_hidden"]
+                column[where, : values.shape[1]] = values.to(column.device)
+        self.prompt_hidden[where] = state["prompt_hidden"].to(self.prompt_hidden.device)
         self.requests = [None if r is None else from_json(r, GenerateRequest) for r in state["requests"]]
         self.kept = [
             np.split(np.asarray(ids), np.cumsum(counts)[:-1]) if len(counts) else []

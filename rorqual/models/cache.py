@@ -26,11 +26,11 @@ class KVCache:
         ]
 
     def grow(self, capacity: int) -> None:
-        """Make room for `capacity` tokens a slot."""
+        """Make room for `capacity` tokens a slot. Column by column: one of them at a time is held twice."""
         extra = capacity - self.capacity
-        self.columns = [
-            [torch.nn.functional.pad(column, (0, 0, 0, extra)) for column in columns] for columns in self.columns
-        ]
+        for columns in self.columns:
+            for index in range(len(columns)):
+                columns[index] = torch.nn.functional.pad(columns[index], (0, 0, 0, extra))
         self.capacity = capacity
 
     def copy_tokens(self, source: int, target: int, length: int) -> None:

@@ -140,6 +140,39 @@ def test_a_later_turn_reuses_the_cached_prefix() -> None:
     assert_alike(second, generate(model, [request("turn 2", second_prompt, seed=2, max_new_tokens=1)])[0])
 
 
+def test_all_who_share_a_prompt_start_in_the_step_that_ends_its_prefill() -> None:
+    engine = LocalEngine(tiny_model(), EngineConfig(num_slots=8))
+    engine.submit([request(str(i), list(range(4, 24)), seed=i, stop_token_ids=()) for i in range(8)])
+    engine.step()
+    assert engine.num_decoding == 8
+    assert engine.table.length.tolist() == [21] * 8
+
+
+def test_all_who_share_a_prompt_start_together_beside_a_longer_one_that_begins_alike() -> None:
+    engine = LocalEngine(tiny_model(), EngineConfig(num_slots=8))
+    engine.generate([request("longer", list(range(4, 24)), max_new_tokens=1)])
+    engine.submit([request(str(i), list(range(4, 14)), seed=i, stop_token_ids=()) for i in range(8)])
+    engine.step()
+    assert engine.num_decoding == 8
+
+
+def test_the_cache_never_outgrows_the_window() -> None:
+    """Neither by doubling, nor by padding: of two prompts fed at once, one goes on after 150 tokens, one begins."""
+    model = tiny_model("gqa")
+    config = EngineConfig(num_slots=3, context_window=200)
+    first = [4 + i % 40 for i in range(150)]
+    asked = [request("on", [*first, *range(4, 24)], seed=1), request("new", [9 + i % 30 for i in range(100)], seed=2)]
+    asked.append(request("full", [5 + i % 7 for i in range(180)], seed=3, max_new_tokens=50, stop_token_ids=()))
+    alone = [LocalEngine(model, config).generate([r])[0] for r in asked]
+    engine = LocalEngine(model, config)
+    engine.generate([request("first", first, max_new_tokens=1)])
+    together = engine.generate(asked)
+    assert engine.table.capacity == engine.table.cache.capacity == 200
+    for mine, theirs in zip(together, alone, strict=True):
+        assert_alike(mine, theirs)
+    assert len(together[2].token_ids) == 20
+
+
 def count_fed_tokens(engine: LocalEngine) -> list[int]:
     fed: list[int] = []
     forward_cached = engine.model.forward_cached
@@ -167,6 +200,59 @@ def test_interrupted_at_any_step_and_resumed_is_the_same(num_slots: int) -> None
         resumed.load_state_dict(states[cut])
         assert [resumed.step() for _ in history[cut:]] == history[cut:]
         assert not resumed.num_unfinished
+
+
+def test_the_state_holds_what_is_used_and_no_more() -> None:
+    """Of 16 slots, one that ended and two in flight; nothing once new weights have made the cache void."""
+    model = tiny_model("gqa", dtype=torch.float32)
+    config = EngineConfig(num_slots=16)
+    engine = LocalEngine(model, config)
+    engine.generate([request("ended", list(range(4, 24)), max_new_tokens=1)])
+    engine.submit([request(name, list(range(30, end)), stop_token_ids=()) for name, end in (("a", 35), ("b", 38))])
+    engine.step()
+    engine.step()
+    state = engine.state_dict()
+    assert len(state["table"]["slots"]) == 3
+    for column in (tensor for columns in state["table"]["cache"] for tensor in columns):
+        assert column.shape == (3, 20, 16)
+        assert column.device.type == "cpu"
+    assert state["table"]["tokens"].shape == (3, 21)
+    resumed = LocalEngine(model, config)
+    resumed.load_state_dict(state)
+    for _ in range(12):
+        assert resumed.step() == engine.step()
+    fed = count_fed_tokens(resumed)
+    resumed.generate([request("again", [*range(4, 24), 25, 26], max_new_tokens=1)])
+    assert sum(fed) == 2
+    engine.load_weights(model, version=1)
+    assert all(tensor.numel() == 0 for columns in engine.state_dict()["table"]["cache"] for tensor in columns)
+
+
+def test_a_state_of_a_larger_window_is_refused() -> None:
+    engine = LocalEngine(tiny_model())
+    engine.submit([request("a", [5] * 40)])
+    engine.step()
+    with pytest.raises(ValueError, match="need 41 tokens.*window holds 30.*raise engine.context_window"):
+        LocalEngine(tiny_model(), EngineConfig(context_window=30)).load_state_dict(engine.state_dict())
+
+
+def test_generate_keeps_what_others_finish_for_the_next_step() -> None:
+    model = tiny_model()
+    short = request("short", [5, 6], max_new_tokens=2, stop_token_ids=())
+    long = request("long", [7, 8], max_new_tokens=9, stop_token_ids=())
+    engine = LocalEngine(model, EngineConfig(num_slots=2))
+    engine.submit([short])
+    assert [completion.request_id for completion in engine.generate([long])] == ["long"]
+    assert engine.num_unfinished == 1
+    with pytest.raises(ValueError, match="'short' is already in flight"):
+        engine.submit([short])
+    resumed = LocalEngine(model, EngineConfig(num_slots=2))
+    resumed.load_state_dict(engine.state_dict())
+    for each in (engine, resumed):
+        (completion,) = each.step()
+        assert_alike(completion, generate(model, [short])[0])
+        assert each.num_unfinished == 0
+        assert each.step() == []
 
 
 def test_new_weights_forget_the_cache_and_carry_a_version() -> None:

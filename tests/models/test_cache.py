@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from rorqual.models.cache import KVCache, cached_layout
 from rorqual.models.decoder import Decoder
@@ -48,6 +51,30 @@ def test_grow_keeps_what_is_stored() -> None:
         for column, old in zip(columns, old_columns, strict=True):
             assert column.shape[:2] == (3, 9)
             assert torch.equal(column[:, :5], old)
+
+
+class HeldColumns(TorchFunctionMode):
+    """Counts, after every call of torch, the tensors that are alive: the columns of before, and results as large."""
+
+    def __init__(self, cache: KVCache) -> None:
+        super().__init__()
+        self.alive = [weakref.ref(column) for columns in cache.columns for column in columns]
+        self.least, self.most = min(ref().numel() for ref in self.alive), len(self.alive)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.least:
+            self.alive.append(weakref.ref(result))
+            self.most = max(self.most, len({id(ref()) for ref in self.alive if ref() is not None}))
+        return result
+
+
+def test_grow_holds_one_column_twice_at_a_time() -> None:
+    cache = filled_cache()
+    with HeldColumns(cache) as held:
+        cache.grow(9)
+    assert len(held.alive) == 8
+    assert held.most == 5
 
 
 @pytest.mark.parametrize("slots", (range(1, 3), [2, 0]))
