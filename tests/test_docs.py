@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import pytest
 import typer
 
-from rorqual.cli.main import app
+from rorqual.cli.main import app, main
 from rorqual.cli.manual import manual_page
 from rorqual.config import load_config, read_recipe_name
+from rorqual.envs.dialogue import ReasoningGymTasks
 from rorqual.recipes.catalog import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +57,38 @@ def test_every_config_loads(path: Path) -> None:
     recipe = read_recipe_name(path)
     assert path.parent.name == recipe
     load_config(path, RECIPES[recipe].Config)
+
+
+def run_commands() -> list[str]:
+    """Every `rorqual run` that the documents and the help show, without placeholders, as it would be typed."""
+    texts = [path.read_text() for path in DOCUMENTS] + [typer.main.get_command(app).commands["run"].help]
+    found = [re.findall(r"^\s*(rorqual run .*?)(?:\s+#.*)?$", text, re.MULTILINE) for text in texts]
+    found += [re.findall(r"`(rorqual run .*?)`", text) for text in texts]
+    return sorted({command for commands in found for command in commands})
+
+
+def test_commands_are_found() -> None:
+    assert sum("--set 'tasks=[" in command for command in run_commands()) == 1
+    assert len(run_commands()) >= 3
+
+
+@pytest.mark.parametrize("command", run_commands())
+def test_every_run_that_documents_show_can_begin(command: str) -> None:
+    path, *options = shlex.split(command)[2:]
+    settings = [value for name, value in itertools.pairwise(options) if name == "--set"]
+    assert options[::2] == ["--set"] * len(settings) + ["--out"] * (len(options) // 2 - len(settings))
+    recipe = RECIPES[read_recipe_name(ROOT / path)]
+    config = load_config(ROOT / path, recipe.Config, settings)
+    for each in config.tasks:
+        assert ReasoningGymTasks.from_config(each).task("test", 0).messages
+
+
+def test_help_shows_commands_as_they_are_typed(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["run", "--help"]) == 0
+    shown = capsys.readouterr().out
+    (command,) = (each for each in run_commands() if "--set 'tasks=[" in each)
+    assert command in shown
 
 
 def test_readme_opens_with_two_commands() -> None:

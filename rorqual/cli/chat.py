@@ -9,16 +9,21 @@ from rich.text import Text
 
 from rorqual.cli.policies import Policy
 from rorqual.engines.local import LocalEngine
-from rorqual.records import GenerateRequest, Message, SamplingParams
+from rorqual.envs.dialogue import DialogueEnvironment
+from rorqual.records import GenerateRequest, Message, SamplingParams, Task
 
 
 class Speaker:
-    """A policy in one conversation. With a template, which holds one turn, every question starts anew."""
+    """A policy in one conversation, asked as its run asked it: the same system message first, the same suffix.
+
+    With a template, which holds one turn, every question starts anew.
+    """
 
     def __init__(self, policy: Policy, temperature: float, top_p: float, max_new_tokens: int, seed: int) -> None:
         """Raises: ValueError for a sampling setting out of range."""
         self.label = policy.label
         self._encoding = policy.encoding
+        self._environment = DialogueEnvironment(policy.dialogue)
         self._engine = LocalEngine(policy.model)
         self._max_new_tokens = max_new_tokens
         self._temperature, self._top_p, self._seed = temperature, top_p, seed
@@ -28,11 +33,14 @@ class Speaker:
 
     def answer(self, question: str) -> Message:
         """What the policy says next. Raises: ValueError when the conversation fills the window."""
-        message = Message(role="user", content=question)
+        task = Task(
+            task_id="chat", environment="dialogue", domain="", messages=(Message(role="user", content=question),)
+        )
+        messages = self._environment.start(task)
         if self._context and not self._encoding.config.template:
-            prompt = self._context + self._encoding.follow_up([message], self._context[-1])
+            prompt = self._context + self._encoding.follow_up(messages[-1:], self._context[-1])
         else:
-            prompt = self._encoding.prompt([message])
+            prompt = self._encoding.prompt(messages)
         room = self._engine.context_window - len(prompt)
         if room < 1:
             raise ValueError(

@@ -10,9 +10,10 @@ import msgspec
 
 from rorqual.cli.policies import load_policy
 from rorqual.cli.progress import RichProgress
-from rorqual.engines.local import LocalEngine
-from rorqual.envs.dialogue import DialogueEnvironment
+from rorqual.engines.local import EngineConfig, LocalEngine
+from rorqual.envs.dialogue import DialogueEnvironment, ReasoningGymTasks
 from rorqual.evals.benchmarks import benchmark, load_tasks
+from rorqual.evals.fingerprint import weights_fingerprint
 from rorqual.evals.runner import PROTOCOLS, Player, Protocol, evaluate
 from rorqual.records import Record
 from rorqual.rewards.rules import load_rewards
@@ -34,17 +35,31 @@ class EvalCommand(Record):
     device: str
 
 
-def run_evaluation(command: EvalCommand, out: Path | None, argv: Sequence[str], progress: RichProgress) -> Path:
-    """Evaluate, and return the directory that holds every sample. Raises: ValueError for an unknown name."""
+def run_evaluation(
+    command: EvalCommand, out: Path | None, argv: Sequence[str], progress: RichProgress, num_slots: int = 64
+) -> Path:
+    """Evaluate, and return the directory that holds every sample. Raises: ValueError for an unknown name.
+
+    A policy of a run is asked as its run asked it, and no problem that the run trained on. num_slots is no part of
+    what was asked for: an evaluation that ran out of memory goes on with fewer.
+    """
+    if num_slots < 1:
+        raise ValueError(f"--slots {num_slots}: at least one sequence at a time is needed.")
     protocol = chosen_protocol(command)
     bench = benchmark(command.benchmark)
     if command.problems is not None:
         bench = msgspec.structs.replace(bench, num_problems=command.problems)
-    tasks = load_tasks(bench)
+    ReasoningGymTasks(bench.dataset, bench.options)  # a wrong name is found before anything is loaded
     policy = load_policy(command.policy, command.stage, command.template, command.device)
-    engine = LocalEngine(policy.model)
-    environments = {"dialogue": DialogueEnvironment()}
-    player = Player(policy.label, engine, environments, policy.encoding, load_rewards(bench.rewards))
+    tasks = load_tasks(bench, policy.trained_questions())
+    player = Player(
+        label=policy.label,
+        engine=LocalEngine(policy.model, EngineConfig(num_slots=num_slots)),
+        environments={"dialogue": DialogueEnvironment(policy.dialogue)},
+        encoding=policy.encoding,
+        rewards=load_rewards(bench.rewards),
+        fingerprint=weights_fingerprint(policy.model),
+    )
     directory = out or Path("runs") / f"eval-{policy.label.replace('/', '-')}-{command.benchmark}-{protocol.name}"
     with Run.open(directory, command, {"run": command.seed}, argv, recipe="eval") as run:
         name = f"{command.benchmark}-{protocol.name}"

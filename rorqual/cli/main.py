@@ -70,8 +70,10 @@ def run(
 
         rorqual run configs/r1_zero/tiny.toml
 
-        rorqual run configs/r1_zero/tiny.toml --set seed=1 --set tasks.0.name=gcd --out runs/gcd
-    """
+        rorqual run configs/r1_zero/tiny.toml --set seed=1 --set grpo.num_steps=20 --out runs/short
+
+        rorqual run configs/r1_zero/tiny.toml --set 'tasks=[{name="leg_counting", options={max_animals=3}}]' --out runs/legs
+    """  # noqa: E501
     name = read_recipe_name(config)
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
@@ -79,6 +81,7 @@ def run(
         raise ValueError(f"{config}: there is no recipe {name!r}{hint}")
     recipe = RECIPES[name]
     settings_of_run = load_config(config, recipe.Config, settings or ())
+    recipe.check(settings_of_run)
     directory = out or Path("runs") / f"{name}-{config.stem}"
     command = ["rorqual", *sys.argv[1:]]
     with Run.open(directory, settings_of_run, recipe.seeds(settings_of_run), command, recipe=name) as store:
@@ -100,10 +103,16 @@ def evaluate(
     stage: Stage = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Where every sample is kept; by default under runs/.")] = None,
+    slots: Annotated[
+        int, typer.Option(help="Sequences at a time; fewer need less memory, and the same command with fewer goes on.")
+    ] = 64,
     template: Template = False,
     device: Device = "cpu",
 ) -> None:
     """Evaluate a policy on held-out problems; every sample is kept, and an interrupted evaluation goes on.
+
+    A policy of a run is asked as in its training, and none of the problems it was trained on. What goes on draws the
+    same tokens, with log-probs equal up to rounding.
 
     Examples:
 
@@ -123,7 +132,7 @@ def evaluate(
         template=template,
         device=device,
     )
-    directory = run_evaluation(command, out, ["rorqual", *sys.argv[1:]], RichProgress(console))
+    directory = run_evaluation(command, out, ["rorqual", *sys.argv[1:]], RichProgress(console), slots)
     tables.show_evaluations(console, Run.read(directory))
     console.print(f"Every sample is in {directory}/evals.", highlight=False)
 

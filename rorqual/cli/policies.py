@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import torch
 
+from rorqual.envs.dialogue import DialogueConfig
 from rorqual.models.checkpoints import load_checkpoint
 from rorqual.models.decoder import Decoder
 from rorqual.recipes.catalog import RECIPES
@@ -19,12 +23,18 @@ from rorqual.train.checkpoint import load_weights
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with what turns text into its tokens. label: where it comes from. folder: holds its tokenizer files."""
+    """A model with what turns text into its tokens, and how its run asked it.
+
+    label: where it comes from. dialogue: the system message and suffix that it was trained with. trained_questions:
+    those that its run showed it; none are known of a checkpoint that was read from elsewhere.
+    """
 
     label: str
     model: Decoder
     encoding: Encoding
     tokenizer_folder: Path
+    dialogue: DialogueConfig = field(default_factory=DialogueConfig)
+    trained_questions: Callable[[], Collection[str]] = frozenset
 
 
 def load_policy(place: str | Path, stage: str | None, template: bool, device: str) -> Policy:
@@ -61,11 +71,22 @@ def _from_run(folder: Path, stage: str | None, device: str) -> Policy:
     checkpoint = run.latest_checkpoint(chosen)
     if checkpoint is None:
         raise StoreError(f"{folder} has no finished checkpoint of stage {chosen!r} yet.")
-    model = Decoder(config.model) if config.model is not None else load_checkpoint(config.checkpoint)
-    load_weights(Path(checkpoint.path) / "model.safetensors", model)
-    encoding = Encoding(Tokenizer.load(folder / "tokenizer"), config.encoding)
-    label = f"{folder.resolve().name}/{chosen}@{checkpoint.step}"
-    return Policy(label, model.to(device), encoding, folder / "tokenizer")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
+    base = Decoder(config.model).to(dtype) if config.model is not None else load_checkpoint(config.checkpoint, dtype)
+    load_weights(Path(checkpoint.path) / "model.safetensors", base)
+    return Policy(
+        label=f"{folder.resolve().name}/{chosen}@{checkpoint.step}",
+        model=base.to(device),
+        encoding=Encoding(Tokenizer.load(folder / "tokenizer"), config.encoding),
+        tokenizer_folder=folder / "tokenizer",
+        dialogue=config.dialogue,
+        trained_questions=lambda: _trained_questions(name, config),
+    )
+
+
+def _trained_questions(recipe: str, config: Any) -> Collection[str]:
+    questions: Collection[str] = RECIPES[recipe].problems(config).trained_questions()
+    return questions
 
 
 def _trained_stage(stages: list[str]) -> str:

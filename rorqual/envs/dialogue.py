@@ -6,6 +6,7 @@ ranges of seeds that cannot overlap: a data set that is seeded with s makes its 
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
@@ -104,6 +105,11 @@ class ReasoningGymConfig(Record):
     options: dict[str, Any] = {}
     domain: str = ""
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError for an unknown name, a refused data set, or an option that it does not have."""
+        _check_name(self.name)
+        _check_options(self.name, self.options)
+
 
 class ReasoningGymTasks:
     """All tasks of one data set: `task("train", 17)` is made when asked for and is always the same.
@@ -116,9 +122,7 @@ class ReasoningGymTasks:
         self.name = name
         self.options = dict(options or {})
         _check_name(name)
-        reserved = {"seed", "size"} & self.options.keys()
-        if reserved:
-            raise ValueError(f"Options {sorted(reserved)} of {name} are set by the split; leave them out.")
+        _check_options(name, self.options)
         self._options_json = json.dumps(self.options, sort_keys=True)
         self.domain = domain or DOMAINS.get(_dataset(name, self._options_json, 0, 1).category, "logic")
 
@@ -231,6 +235,20 @@ def _check_name(name: str) -> None:
         nearest = difflib.get_close_matches(name, DATASETS.keys() - REFUSED.keys(), n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
         raise ValueError(f"reasoning-gym has no data set {name!r}{hint}.")
+
+
+def _check_options(name: str, options: Collection[str]) -> None:
+    reserved = sorted({"seed", "size"}.intersection(options))
+    if reserved:
+        raise ValueError(f"Options {reserved} of {name} are set by the split; leave them out.")
+    known = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ValueError(
+            f"Data set {name!r} has no options {', '.join(unknown)}; it has {', '.join(sorted(known)) or 'none'}. If "
+            "they were meant for another data set, clear them: options = {} in the file, or on the command line, for "
+            "the first data set, --set 'tasks.0.options={}'."
+        )
 
 
 @lru_cache(maxsize=32)

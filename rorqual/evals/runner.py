@@ -1,7 +1,8 @@
 """Play k samples of every problem, keep every one, and say what they show.
 
 Each sample is an episode of its own, whose seed follows from the evaluation's seed, the problem and the sample's
-number: an evaluation that was interrupted goes on sample by sample and gives what it would have given.
+number: an evaluation that was interrupted goes on sample by sample and draws the tokens that it would have drawn. Their
+log-probs are equal up to rounding, since other sequences may share the batch.
 """
 
 from __future__ import annotations
@@ -72,13 +73,18 @@ PROTOCOLS: dict[str, Protocol] = {protocol.name: protocol for protocol in (R1_PR
 
 @dataclass(frozen=True)
 class Player:
-    """Who plays, where, and who judges. label: which policy this is, such as "base" or a checkpoint's path."""
+    """Who plays, where, and who judges.
+
+    label: which policy this is, such as "base" or a checkpoint's path. fingerprint: `weights_fingerprint` of it; an
+    evaluation that was begun with other weights is then refused.
+    """
 
     label: str
     engine: Engine
     environments: Mapping[str, Environment]
     encoding: Encoding
     rewards: Mapping[str, tuple[Reward, float]]
+    fingerprint: str = ""
 
 
 class EvalSummary(Record):
@@ -234,6 +240,7 @@ def _plan(tasks: Sequence[Task], player: Player, protocol: Protocol, seed: int) 
     return {
         "label": player.label,
         "weight_version": player.engine.weight_version,
+        "weights_sha256": player.fingerprint,
         "protocol": msgspec.to_builtins(protocol),
         "seed": seed,
         "rewards": {name: weight for name, (_, weight) in player.rewards.items()},

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,16 +15,23 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rorqual.cli import evaluation
 from rorqual.cli import main as command_line
+from rorqual.cli.chat import Speaker
 from rorqual.cli.doctor import EXTRAS, examine
 from rorqual.cli.main import main
 from rorqual.cli.manual import manual_page
-from rorqual.envs.dialogue import ReasoningGymConfig
+from rorqual.cli.policies import load_policy
+from rorqual.envs.dialogue import DialogueConfig, ReasoningGymConfig, ReasoningGymTasks, canonical_question
+from rorqual.evals.benchmarks import BENCHMARKS, Benchmark, load_tasks
 from rorqual.models.checkpoints import load_checkpoint, save_checkpoint
 from rorqual.models.config import ModelConfig
 from rorqual.models.decoder import Decoder
+from rorqual.recipes.grpo import GrpoConfig
+from rorqual.recipes.pretrain import PretrainConfig
+from rorqual.recipes.problems import RL_FIRST_INDEX
 from rorqual.recipes.r1_zero import R1ZeroConfig
-from rorqual.records import Record
+from rorqual.records import Record, SamplingParams
 from rorqual.store.run import Run
 from rorqual.text.tokenizer import Tokenizer, train_tokenizer
 from rorqual.train.checkpoint import save_training_state
@@ -40,6 +49,8 @@ MODEL = ModelConfig(
     context_window=128,
     qk_norm=True,
 )
+
+ONE_DIGIT = {"min_terms": 2, "max_terms": 2, "max_digits": 1}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +104,12 @@ def test_convert_writes_what_transformers_loads(checkpoint: Path, tmp_path: Path
 def trained(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of r1_zero with a checkpoint of each stage, whose weights differ."""
     folder = tmp_path_factory.mktemp("runs") / "demo"
-    config = R1ZeroConfig(tasks=(ReasoningGymConfig(name="gcd"),), model=MODEL)
+    config = R1ZeroConfig(
+        tasks=(ReasoningGymConfig(name="gcd"),),
+        model=MODEL,
+        pretrain=PretrainConfig(num_steps=2, documents_per_step=4),
+        grpo=GrpoConfig(num_steps=2, tasks_per_step=4, sampling=SamplingParams(max_new_tokens=64)),
+    )
     with Run.open(folder, config, {"run": 0}, recipe="r1_zero") as run:
         Tokenizer.load(checkpoint).save(folder / "tokenizer")
         for seed, stage in enumerate(("pretrain", "rl", "control")):
@@ -123,6 +139,97 @@ def test_chat_and_eval_with_a_run(trained: Path, tmp_path: Path, capsys) -> None
     assert Run.read(tmp_path / "out").eval_summaries()["gcd-greedy"]["label"] == "demo/rl@3"
 
 
+DIALOGUE = DialogueConfig(system="Be brief.", suffix=" Think.")
+
+
+@pytest.fixture(scope="module")
+def stored_in_bfloat16(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Decoder]:
+    """A run in float32 that began from a checkpoint in bfloat16 and has its own dialogue; and its policy."""
+    folder = tmp_path_factory.mktemp("bfloat16")
+    save_checkpoint(load_checkpoint(checkpoint), folder / "base", dtype=torch.bfloat16)
+    policy = load_checkpoint(folder / "base", torch.float32)
+    policy.initialize(torch.Generator().manual_seed(7))
+    config = R1ZeroConfig(
+        tasks=(ReasoningGymConfig(name="chain_sum", options=ONE_DIGIT),),
+        checkpoint=str(folder / "base"),
+        dialogue=DIALOGUE,
+        grpo=GrpoConfig(num_steps=2, tasks_per_step=20),
+    )
+    with Run.open(folder / "run", config, {"run": 0}, recipe="r1_zero") as run:
+        Tokenizer.load(checkpoint).save(folder / "run" / "tokenizer")
+        optimizer = build_optimizer(policy, OptimizerConfig())
+        run.append_metrics("rl", 2, {})
+        run.write_checkpoint("rl", 2, lambda path: save_training_state(path, policy, optimizer, {}))
+    return folder / "run", policy
+
+
+def test_a_run_in_another_type_than_its_checkpoint(stored_in_bfloat16, tmp_path: Path) -> None:
+    run, policy = stored_in_bfloat16
+    assert main(["convert", str(run), str(tmp_path / "out")]) == 0
+    found = load_checkpoint(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), policy.parameters(), strict=True))
+    assert main(["chat", str(run), "-q", "4 + 3 =", "--max-new-tokens", "4"]) == 0
+
+
+def test_eval_and_chat_ask_as_the_run_did(stored_in_bfloat16) -> None:
+    speaker = Speaker(load_policy(stored_in_bfloat16[0], None, False, "cpu"), 1.0, 1.0, 3, 0)
+    asked = []
+    generate = speaker._engine.generate
+    speaker._engine.generate = lambda requests: asked.extend(requests) or generate(requests)
+    speaker.answer("4 + 3 =")
+    speaker.answer("and 2 more?")
+    texts = [speaker._encoding.tokenizer.decode(request.prompt_ids) for request in asked]
+    assert "Be brief.<｜User｜>4 + 3 = Think.<｜Assistant｜>" in texts[0]
+    assert texts[1].startswith(texts[0])
+    assert texts[1].endswith("<｜User｜>and 2 more? Think.<｜Assistant｜>" + texts[0].partition("<｜Assistant｜>")[2])
+    assert texts[1].count("Be brief.") == 1
+
+
+def test_eval_leaves_out_what_the_run_trained_on(stored_in_bfloat16, tmp_path: Path, monkeypatch, capsys) -> None:
+    run, _ = stored_in_bfloat16
+    bench = Benchmark(dataset="chain_sum", options=ONE_DIGIT, num_problems=30)
+    monkeypatch.setitem(BENCHMARKS, "sums", bench)
+    source = ReasoningGymTasks("chain_sum", ONE_DIGIT)
+    trained = {canonical_question(source.task("train", RL_FIRST_INDEX + index)) for index in range(40)}
+    assert trained & {canonical_question(task) for task in load_tasks(bench)}, "else this test shows nothing"
+    verb = ["eval", str(run), "--benchmark", "sums", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    assert main(verb) == 0
+    rows = Run.read(tmp_path / "out").read_eval("sums-greedy")
+    played = {row.trajectory.task_id for row in rows}
+    asked = [canonical_question(task) for task in islice(source.tasks("test"), 400) if task.task_id in played]
+    assert len(asked) == 30
+    assert trained.isdisjoint(asked)
+    tokenizer = Tokenizer.load(run / "tokenizer")
+    ids = rows[0].trajectory.segments[0].token_ids
+    assert "Be brief.<｜User｜>State the final" in tokenizer.decode(ids)
+    assert " = Think.<｜Assistant｜>" in tokenizer.decode(ids)
+
+
+def test_eval_of_other_weights_in_the_same_place_is_refused(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    shutil.copytree(checkpoint, tmp_path / "policy")
+    numbers = ["--problems", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    assert main(["eval", str(tmp_path / "policy"), *numbers]) == 0
+    other = load_checkpoint(tmp_path / "policy")
+    with torch.no_grad():
+        other.embed_tokens.weight[5, 3] += 0.01
+    save_checkpoint(other, tmp_path / "policy")
+    assert main(["eval", str(tmp_path / "policy"), *numbers]) == 2
+    assert "weights_sha256" in capsys.readouterr().err
+
+
+def test_slots_bound_the_sequences_in_the_cache(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    made = []
+    engine = evaluation.LocalEngine
+    monkeypatch.setattr(evaluation, "LocalEngine", lambda model, config: made.append(config) or engine(model, config))
+    verb = ["eval", str(checkpoint), "--problems", "5", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    assert main([*verb, "--slots", "2"]) == 0
+    assert made[0].num_slots == 2
+    assert "5 of 5" in capsys.readouterr().out
+    assert main([*verb, "--slots", "3"]) == 0, "an evaluation may go on with other slots"
+    assert main([*verb, "--slots", "0"]) == 2
+    assert "--slots 0" in capsys.readouterr().err
+
+
 class Toy(Record):
     steps: int = 3
     rate: float = 0.5
@@ -139,7 +246,7 @@ def toy_recipe(config: Toy, run: Run, progress) -> None:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    recipe = SimpleNamespace(Config=Toy, seeds=lambda config: {"run": 1}, main=toy_recipe)
+    recipe = SimpleNamespace(Config=Toy, check=lambda config: None, seeds=lambda config: {"run": 1}, main=toy_recipe)
     monkeypatch.setitem(command_line.RECIPES, "toy", recipe)
     path = tmp_path / "toy.toml"
     path.write_text('recipe = "toy"\nsteps = 2\n')

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 from reasoning_gym.factory import DATASETS
 
+from rorqual.config import ConfigError, load_config
 from rorqual.envs.dialogue import (
     CHUNK_SIZE,
     REFUSED,
@@ -21,7 +24,7 @@ from rorqual.envs.dialogue import (
     question_of,
     take_held_out,
 )
-from rorqual.records import Message, Task, from_json, to_json
+from rorqual.records import Message, Record, Task, from_json, to_json
 
 SUMS = ReasoningGymTasks("chain_sum", {"min_terms": 2, "max_terms": 2, "max_digits": 1})
 
@@ -146,12 +149,28 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
 
 
 def test_bad_options_are_named() -> None:
-    with pytest.raises(ValueError, match=r"refuses the options.*max_term.*ChainSumConfig"):
+    with pytest.raises(ValueError, match=r"'chain_sum' has no options max_term; it has .*max_terms, min_digits"):
         ReasoningGymTasks("chain_sum", {"max_term": 3})
     with pytest.raises(ValueError, match="refuses the options"):
         ReasoningGymTasks("chain_sum", {"min_terms": 9, "max_terms": 3})
     with pytest.raises(ValueError, match=r"\['seed'\].*set by the split"):
         ReasoningGymTasks("chain_sum", {"seed": 3})
+
+
+def test_options_of_another_data_set_say_how_to_clear_them(tmp_path: Path) -> None:
+    class Config(Record):
+        tasks: tuple[ReasoningGymConfig, ...]
+
+    file = tmp_path / "config.toml"
+    file.write_text('[[tasks]]\nname = "chain_sum"\noptions = { min_terms = 2, max_terms = 3 }\n')
+    other = ["tasks.0.name=gcd"]
+    with pytest.raises(ConfigError, match=r'"tasks.0": .*no options min_terms, max_terms; .*min_value') as error:
+        load_config(file, Config, other)
+    (advice,) = re.findall(r"--set '(tasks.*?)'", str(error.value))
+    cleared = load_config(file, Config, [*other, advice])
+    whole = load_config(file, Config, ['tasks=[{name="gcd"}]'])
+    assert cleared == whole == Config(tasks=(ReasoningGymConfig(name="gcd"),))
+    assert ReasoningGymTasks.from_config(whole.tasks[0]).task("test", 0).payload["options"] == {}
 
 
 @pytest.mark.parametrize(("name", "domain"), [("gcd", "mathematics"), ("bf", "programming"), ("maze", "logic")])

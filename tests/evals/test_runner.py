@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -141,6 +142,9 @@ def test_samples_of_something_else_are_not_mixed_in(tmp_path: Path, encoding: En
         evaluate(run, "base", TASKS, player(encoding), PROTOCOL)
         with pytest.raises(StoreError, match=r"weight_version: 3 then, 4 now"):
             evaluate(run, "base", TASKS, player(encoding, weight_version=4), PROTOCOL)
+        other = dataclasses.replace(player(encoding), fingerprint="b")
+        with pytest.raises(StoreError, match=r"weights_sha256: '' then, 'b' now"):
+            evaluate(run, "base", TASKS, other, PROTOCOL)
         with pytest.raises(StoreError, match=r"num_tasks: 6 then, 5 now"):
             evaluate(run, "base", TASKS[:5], player(encoding), PROTOCOL)
         hotter = msgspec.structs.replace(PROTOCOL, sampling=SamplingParams(temperature=2.0, max_new_tokens=64))
