@@ -205,11 +205,8 @@ def test_policy_training_raises_the_probability_of_what_was_rewarded() -> None:
     for step in range(3):
         stats = train_step(model, optimizer, on_policy, objective, config, step)
         if step == 0:
-            assert (
-                stats.diagnostics.metrics()["ratio/min"]
-                == stats.diagnostics.metrics()["ratio/max"]
-                == pytest.approx(1.0, abs=1e-5)
-            )
+            metrics = stats.diagnostics.metrics()
+            assert metrics["ratio/min"] == metrics["ratio/max"] == pytest.approx(1.0, abs=1e-5)
     after = compute_logprobs(model, batches)
     gain = sum(
         float((batch.advantage_S[batch.sequence_index_N] * (late - early)).sum())
