@@ -21,6 +21,8 @@ from rorqual.models.config import MLAConfig, ModelConfig
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.rope import Rotation, softmax_scale
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 WHOLE_ROW_HEADS = 4
 """On a CPU, decoding reads the keys of up to so many key-value heads as one row."""
 
@@ -57,14 +59,8 @@ class GroupedQueryAttention(nn.Module):
             return self.o_proj(_attend_once(q_RGJE, k_RKW, v_RKW, layout.bias_RQK, self.scale))
         k_RGKE = k_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         v_RGKE = v_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-        out_RHQE = F.scaled_dot_product_attention(
-            q_NHE.unflatten(0, (layout.num_rows, -1)).transpose(1, 2),
-            k_RGKE,
-            v_RGKE,
-            attn_mask=None if layout.bias_RQK is None else layout.bias_RQK[:, None],
-            scale=self.scale,
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        q_RHQE = q_NHE.unflatten(0, (layout.num_rows, -1)).transpose(1, 2)
+        out_RHQE = attend(q_RHQE, k_RGKE, v_RGKE, layout.bias_RQK, self.scale)
         return self.o_proj(out_RHQE.transpose(1, 2).reshape(len(x_ND), -1))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,13 +111,8 @@ class MultiHeadLatentAttention(nn.Module):
         if len(x_ND) == layout.num_rows:
             return self._decode_absorbed(q_nope, q_rope, latent_RKL, k_rope_RKP, layout.bias_RQK)
         k_RKHE, v_RKHV = self._expand(latent_RKL, k_rope_RKP)
-        out_RHQV = F.scaled_dot_product_attention(
-            torch.cat((q_nope, q_rope), dim=-1).unflatten(0, (layout.num_rows, -1)).transpose(1, 2),
-            k_RKHE.transpose(1, 2),
-            v_RKHV.transpose(1, 2),
-            attn_mask=None if layout.bias_RQK is None else layout.bias_RQK[:, None],
-            scale=self.scale,
-        )
+        q_RHQE = torch.cat((q_nope, q_rope), dim=-1).unflatten(0, (layout.num_rows, -1)).transpose(1, 2)
+        out_RHQV = attend(q_RHQE, k_RKHE.transpose(1, 2), v_RKHV.transpose(1, 2), layout.bias_RQK, self.scale)
         return self.o_proj(out_RHQV.transpose(1, 2).reshape(len(x_ND), -1))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -186,6 +177,35 @@ def _attend_once(q_RGJE: Tensor, k_RKW: Tensor, v_RKW: Tensor, bias_R1K: Tensor 
     return out_RJEG.permute(0, 3, 1, 2).reshape(num_rows, -1)
 
 
+def attend(
+    q_RHQE: Tensor, k_RGKE: Tensor, v_RGKV: Tensor, mask_RQK: Tensor | None, scale: float, causal: bool = False
+) -> Tensor:
+    """Softmax attention of H query heads over G key-value heads: [R, H, Q, V]. `mask_RQK`: booleans or a bias.
+
+    On a GPU, shared keys in float32 or under a mask are read by the one kernel that writes all scores to memory; there
+    each head gets its own.
+    """
+    num_heads = q_RHQE.shape[1]
+    if q_RHQE.device.type != "cpu" and (mask_RQK is not None or q_RHQE.dtype not in HALF_PRECISION):
+        k_RGKE, v_RGKV = one_each(k_RGKE, num_heads), one_each(v_RGKV, num_heads)
+    mask_R1QK = None if mask_RQK is None else mask_RQK[:, None]
+    return F.scaled_dot_product_attention(
+        q_RHQE,
+        k_RGKE,
+        v_RGKV,
+        attn_mask=mask_R1QK,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=num_heads != k_RGKE.shape[1],
+    )
+
+
+def one_each(x_RGKE: Tensor, num_heads: int) -> Tensor:
+    """Key-value heads repeated for the query heads that share them: [R, H, K, E]."""
+    num_sharing = num_heads // x_RGKE.shape[1]
+    return x_RGKE if num_sharing == 1 else x_RGKE.repeat_interleave(num_sharing, dim=1)
+
+
 def attend_packed(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """Softmax attention block by block; returns [T, H*V] in packed order."""
     outputs = [_attend_block(q_THE, k_TGE, v_TGV, block, scale) for block in layout.blocks]
@@ -195,15 +215,9 @@ def attend_packed(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, layout: PackedLay
 
 def _attend_block(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, block: AttentionBlock, scale: float) -> Tensor:
     mask_RQK = block.mask_RQK()
-    out_RHQV = F.scaled_dot_product_attention(
-        _take(q_THE, block.query_index_RQ),
-        _take(k_TGE, block.key_index_RK),
-        _take(v_TGV, block.key_index_RK),
-        attn_mask=None if mask_RQK is None else mask_RQK[:, None],
-        is_causal=mask_RQK is None,
-        scale=scale,
-        enable_gqa=q_THE.shape[1] != k_TGE.shape[1],
-    )
+    q_RHQE = _take(q_THE, block.query_index_RQ)
+    k_RGKE, v_RGKV = _take(k_TGE, block.key_index_RK), _take(v_TGV, block.key_index_RK)
+    out_RHQV = attend(q_RHQE, k_RGKE, v_RGKV, mask_RQK, scale, causal=mask_RQK is None)
     return out_RHQV.transpose(1, 2).flatten(2).flatten(0, 1)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from rorqual.models import attention
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from rorqual.models.cache import cached_layout
+from rorqual.models.cache import CachedLayout, cached_layout
 from rorqual.models.decoder import Decoder
-from rorqual.models.layout import causal_layout
+from rorqual.models.layout import AttentionBlock, PackedLayout, causal_layout
+from rorqual.models.rope import Rotation
 
 
 @pytest.mark.parametrize("kind", ("gqa", "mla", "softmax"))
@@ -103,3 +107,70 @@ def test_one_query_against_cached_keys(monkeypatch: pytest.MonkeyPatch, whole_ro
             scores = 0.3 * k_RKW[row, :seen, columns] @ q_RGJE[row].flatten(0, 1)[head]
             expected = scores.softmax(0) @ v_RKW[row, :seen, columns]
             torch.testing.assert_close(found[row, head * head_dim : (head + 1) * head_dim], expected)
+
+
+class AttentionCalls(TorchFunctionMode):
+    """Notes how many key-value heads each call of torch's attention gets, and whether it is to share them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            assert args[1].shape[1] == args[2].shape[1]
+            self.calls.append((args[1].shape[1], kwargs["enable_gqa"]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "masked", "expected"),
+    (
+        ("cpu", torch.float32, True, (2, True)),
+        ("meta", torch.float32, True, (6, False)),
+        ("meta", torch.float32, False, (6, False)),
+        ("meta", torch.bfloat16, True, (6, False)),
+        ("meta", torch.bfloat16, False, (2, True)),
+    ),
+)
+def test_shared_keys_reach_no_kernel_that_holds_all_scores(
+    device: str, dtype: torch.dtype, masked: bool, expected: tuple[int, bool]
+) -> None:
+    """Off the CPU only half precision without a mask has a kernel that shares keys and keeps no scores."""
+    q_RHQE, k_RGKE, v_RGKV = (torch.zeros(3, heads, 5, 8, dtype=dtype, device=device) for heads in (6, 2, 2))
+    mask_RQK = torch.ones(3, 5, 5, dtype=torch.bool, device=device) if masked else None
+    with AttentionCalls() as noted:
+        out_RHQV = attention.attend(q_RHQE, k_RGKE, v_RGKV, mask_RQK, 0.3, causal=not masked)
+    assert out_RHQV.shape == (3, 6, 5, 8)
+    assert noted.calls == [expected]
+
+
+@pytest.mark.parametrize("packed", (True, False))
+def test_both_calls_of_a_model_off_the_cpu_give_each_head_its_keys(
+    tiny_decoder: Callable[..., Decoder], packed: bool
+) -> None:
+    decoder = tiny_decoder("gqa").float()
+    block = decoder.layers[0].self_attn.to("meta")
+    rotation = decoder.rope(torch.arange(6), torch.float32)
+    rotation = Rotation(rotation.cos.to("meta"), rotation.sin.to("meta"), rotation.interleaved)
+    x_TD = torch.zeros(6, 24, device="meta")
+    with AttentionCalls() as noted:
+        if packed:
+            index_RQ = torch.arange(6, device="meta")[None]
+            block(x_TD, rotation, PackedLayout(index_RQ[0], (AttentionBlock(index_RQ, index_RQ),)))
+        else:
+            columns = [torch.zeros(2, 3, 20, device="meta") for _ in range(2)]
+            layout = CachedLayout(
+                slice(0, 2), torch.arange(6), torch.arange(6, device="meta"), 2, 3, torch.zeros(2, 3, 3, device="meta")
+            )
+            block.forward_cached(x_TD, rotation, columns, layout)
+    assert noted.calls == [(4, False)]
+
+
+def test_one_each_keeps_which_head_reads_which_keys() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q_RHQE = torch.randn(2, 6, 5, 8, dtype=torch.float64, generator=generator)
+    k_RGKE, v_RGKV = torch.randn(2, 2, 2, 5, 8, dtype=torch.float64, generator=generator)
+    expected = F.scaled_dot_product_attention(q_RHQE, k_RGKE, v_RGKV, enable_gqa=True)
+    found = F.scaled_dot_product_attention(q_RHQE, attention.one_each(k_RGKE, 6), attention.one_each(v_RGKV, 6))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
