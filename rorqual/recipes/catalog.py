@@ -1,7 +1,7 @@
 """The recipes by name: what a config file's first line, `recipe = "r1_zero"`, refers to.
 
-A recipe is a module with `Config` (a Record), `seeds(config)`, `check(config)`, which finds before a run what would
-stop it later, and `main(config, run, progress)`.
+A recipe is a module with `Config` (a Record), `seeds(config)`, `problems(config)`, `check(config)`, which finds
+before a run what would stop it later, and `main(config, run, progress)`.
 """
 
 from __future__ import annotations

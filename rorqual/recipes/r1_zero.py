@@ -19,6 +19,7 @@ import torch
 from rorqual.contracts import Environment
 from rorqual.engines.local import EngineConfig, LocalEngine
 from rorqual.envs.dialogue import DialogueConfig, DialogueEnvironment, ReasoningGymConfig, ReasoningGymTasks
+from rorqual.evals.fingerprint import weights_fingerprint
 from rorqual.evals.runner import GREEDY, Player, Protocol, evaluate
 from rorqual.models.checkpoints import load_checkpoint
 from rorqual.models.config import ModelConfig
@@ -183,7 +184,8 @@ class _Bench:
         limit = self.config.grpo.sampling.max_new_tokens
         greedy = msgspec.structs.replace(GREEDY, sampling=SamplingParams(temperature=0.0, max_new_tokens=limit))
         engine = LocalEngine(policy, settings.engine)
-        player = Player(label, engine, self.environments, self.encoding, self.rewards)
+        fingerprint = weights_fingerprint(policy)
+        player = Player(label, engine, self.environments, self.encoding, self.rewards, fingerprint)
         for protocol in (greedy, sampled):
             name = f"{label}-{protocol.name}"
             with self.progress.bar(f"evaluate {name}", len(self.held_out) * protocol.num_samples) as bar:
