@@ -122,12 +122,13 @@ def evaluate(
 ) -> EvalSummary:
     """Evaluate `player` on `tasks`, storing every sample in `run` under `name`; goes on where it was interrupted.
 
+    A stored sample whose reward raised is judged again and not sampled again, so a reward can be repaired.
     on_sample: called with the number of samples done and asked for. Warns when samples are missing.
     Raises: ValueError for no task or two of one id; StoreError when `name` holds an evaluation of something else.
     """
     _check_tasks(tasks)
     run.begin_eval(name, _plan(tasks, player, protocol, seed))
-    done = {_sample_key(row.trajectory): row for row in run.read_eval(name)}
+    done = {_sample_key(row.trajectory): row for row in _judged_again(run.read_eval(name), tasks, player.rewards)}
     wanted = [(task, number) for task in tasks for number in range(protocol.num_samples)]
     pending = [(task, number) for task, number in wanted if (task.task_id, number) not in done]
     rollouts = _rollouts(player, protocol, seed)
@@ -143,27 +144,31 @@ def evaluate(
                 on_sample(len(done), len(wanted))
     rows = [done[task.task_id, number] for task, number in wanted]
     summary = summarize(name, player.label, protocol, rows)
-    if pending or name not in run.eval_summaries():
-        run.finish_eval(name, rows, msgspec.to_builtins(summary))
+    sealed: Mapping[str, Any] = msgspec.json.decode(msgspec.json.encode(summary))
+    if pending or run.eval_summaries().get(name) != sealed:
+        run.finish_eval(name, rows, sealed)
     return summary
 
 
 def summarize(name: str, label: str, protocol: Protocol, rows: Sequence[ScoredTrajectory]) -> EvalSummary:
-    """What stored samples show; warns when some are missing. Raises: ValueError when none was obtained."""
+    """What stored samples show; warns when some are missing. Raises: ValueError when none was obtained.
+
+    Either message holds the first error as it was raised.
+    """
     obtained = [row for row in rows if _was_obtained(row)]
     missing: dict[str, int] = {}
     for row in rows:
         if not _was_obtained(row):
             reason = f"reward_failed: {row.score.error.partition(':')[0]}" if row.score.error else row.trajectory.end
             missing[reason] = missing.get(reason, 0) + 1
-    if missing:
+    if missing and obtained:
         warnings.warn(
             f"Evaluation {name}: {len(obtained)} of {len(rows)} samples were obtained; figures are over these alone. "
-            f"The others: {missing}.",
+            f"The others: {missing}. {_first_error(rows)}",
             stacklevel=2,
         )
     if not obtained:
-        raise ValueError(f"Evaluation {name} obtained none of its {len(rows)} samples: {missing}.")
+        raise ValueError(f"Evaluation {name} obtained none of its {len(rows)} samples: {missing}. {_first_error(rows)}")
     values = metric_values(obtained, protocol.metric)
     estimate = mean_at_k(values)
     fewest = min(len(samples) for samples in values.values())
@@ -218,6 +223,23 @@ def _judged(task: Task, trajectory: Trajectory, rewards: Mapping[str, tuple[Rewa
     if trajectory.end in NOT_OBTAINED:
         return ScoredTrajectory(trajectory=trajectory, score=Score(total=0.0, parts={}))
     return ScoredTrajectory(trajectory=trajectory, score=score(task, trajectory.evidence, rewards))
+
+
+def _judged_again(
+    rows: Sequence[ScoredTrajectory], tasks: Sequence[Task], rewards: Mapping[str, tuple[Reward, float]]
+) -> list[ScoredTrajectory]:
+    """The rows, those whose reward raised with a new score: the response is kept, and the fault was not its own."""
+    by_id = {task.task_id: task for task in tasks}
+    return [
+        row if row.score.error is None else _judged(by_id[row.trajectory.task_id], row.trajectory, rewards)
+        for row in rows
+    ]
+
+
+def _first_error(rows: Sequence[ScoredTrajectory]) -> str:
+    first = next(row for row in rows if not _was_obtained(row))
+    error = first.score.error or first.trajectory.error or f"it ended with {first.trajectory.end}"
+    return f"The first, of {first.trajectory.task_id}: {error}"
 
 
 def _was_obtained(row: ScoredTrajectory) -> bool:

@@ -166,7 +166,8 @@ def test_missing_samples_are_loud_and_not_counted_as_wrong(tmp_path: Path, encod
 
     rewards = {"accuracy": (picky, 1.0)}
     flaky = Player("base", Answerer(encoding), {"dialogue": Flaky()}, encoding, rewards)
-    with open_run(tmp_path / "run") as run, pytest.warns(UserWarning, match=r"of 30 samples were obtained"):
+    told = r"of 30 samples were obtained.* The first, of chain_sum/test/\d+: ConnectionError: gone"
+    with open_run(tmp_path / "run") as run, pytest.warns(UserWarning, match=told):
         summary = evaluate(run, "base", TASKS, flaky, PROTOCOL)
         rows = run.read_eval("base")
     failed = sum(row.trajectory.end == "environment_failed" for row in rows)
@@ -177,13 +178,41 @@ def test_missing_samples_are_loud_and_not_counted_as_wrong(tmp_path: Path, encod
     assert sum(len(samples) for samples in metric_values(rows, "accuracy").values()) == 25 - failed
 
 
+@pytest.mark.parametrize("share_failed", ["some", "all"])
+def test_a_repaired_reward_judges_what_is_stored(tmp_path: Path, encoding: Encoding, share_failed: str) -> None:
+    first = {task.task_id for task in (TASKS[:2] if share_failed == "some" else TASKS)}
+
+    def broken(task, evidence):
+        if task.task_id in first:
+            raise ZeroDivisionError("by nothing")
+        return REWARDS["accuracy"][0](task, evidence)
+
+    with open_run(tmp_path / "whole") as run:
+        expected = evaluate(run, "base", TASKS, player(encoding), PROTOCOL)
+        expected_rows = run.read_eval("base")
+    hurt = dataclasses.replace(player(encoding), rewards={**REWARDS, "accuracy": (broken, 1.0)})
+    told = r"The first, of chain_sum/test/\d+: accuracy: ZeroDivisionError: by nothing"
+    with open_run(tmp_path / "run") as run:
+        if share_failed == "all":
+            with pytest.raises(ValueError, match=told):
+                evaluate(run, "base", TASKS, hurt, PROTOCOL)
+        else:
+            with pytest.warns(UserWarning, match=told):
+                assert evaluate(run, "base", TASKS, hurt, PROTOCOL).samples_obtained == 20
+        again = player(encoding)
+        assert evaluate(run, "base", TASKS, again, PROTOCOL) == expected
+        assert again.engine.num_drawn == 0
+        assert run.read_eval("base") == expected_rows
+        assert msgspec.convert(run.eval_summaries()["base"], EvalSummary) == expected
+
+
 def test_bad_requests_are_refused(tmp_path: Path, encoding: Encoding) -> None:
     with open_run(tmp_path / "run") as run:
         with pytest.raises(ValueError, match="no tasks"):
             evaluate(run, "base", [], player(encoding), PROTOCOL)
         with pytest.raises(ValueError, match="given twice"):
             evaluate(run, "base", [TASKS[0], TASKS[0]], player(encoding), PROTOCOL)
-        with pytest.raises(ValueError, match="none of its 30 samples"), pytest.warns(UserWarning):
+        with pytest.raises(ValueError, match="none of its 30 samples: .* the prompt of turn 0 has"):
             evaluate(run, "base", TASKS, player(encoding, context_window=1), PROTOCOL)
         lost = msgspec.structs.replace(PROTOCOL, metric="elegance")
         with pytest.raises(ValueError, match="there is no 'elegance'"):
