@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from rorqual.config import load_config, read_recipe_name
+from rorqual.models import decoder
 from rorqual.recipes import r1_zero
 from rorqual.recipes.catalog import RECIPES
 from rorqual.recipes.progress import SilentProgress
@@ -51,7 +52,12 @@ def random_qwen3(directory: Path, **sizes: int) -> None:
     transformers.Qwen3ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
 
 
-def test_the_config_for_a_real_checkpoint_runs_on_random_weights(tmp_path: Path) -> None:
+def test_the_config_for_a_real_checkpoint_runs_on_random_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointed: list[bool] = []
+    run_checkpointed = decoder._checkpointed
+    monkeypatch.setattr(decoder, "_checkpointed", lambda *each: checkpointed.append(True) or run_checkpointed(*each))
     random_qwen3(
         tmp_path / "checkpoint",
         hidden_size=32,
@@ -68,4 +74,5 @@ def test_the_config_for_a_real_checkpoint_runs_on_random_weights(tmp_path: Path)
     with Run.open(tmp_path / "run", config, r1_zero.seeds(config)) as run:
         r1_zero.main(config, run, SilentProgress())
         assert run.metrics("rl")[0]["policy/mismatch/max"] < 1e-3
+        assert checkpointed, "the config asks for checkpointed activations"
         assert list(run.eval_summaries()) == ["base-greedy", "base-r1", "rl-greedy", "rl-r1"]
