@@ -253,7 +253,7 @@ class LocalEngine:
         output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
         table.record_routes(rows, positions_RQ, output.routes)
         table.cached[rows] += new
-        table.prompt_hidden[rows] = output.hidden[torch.arange(len(rows)), self._tensor(new - 1)]
+        table.prompt_hidden[rows] = output.hidden[self._tensor(np.arange(len(rows))), self._tensor(new - 1)]
 
     def _decode(self) -> list[Completion]:
         """One token for each decoding slot."""

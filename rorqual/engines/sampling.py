@@ -201,9 +201,10 @@ def _invert(weights_RV: Tensor, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
 
 def _merge(parts: list[tuple[list[int], Draws]], num_rows: int) -> Draws:
     """Rows of several kinds back in their order."""
-    order = torch.tensor([row for rows, _ in parts for row in rows])
+    device = parts[0][1].token_R.device
+    order = torch.tensor([row for rows, _ in parts for row in rows], device=device)
     place = torch.empty_like(order)
-    place[order] = torch.arange(num_rows)
+    place[order] = torch.arange(num_rows, device=device)
     supports = [ids for _, d in parts for ids in d.kept_ids_N.split(d.kept_count_R.tolist())]
     return Draws(
         token_R=torch.cat([d.token_R for _, d in parts])[place],
