@@ -145,6 +145,18 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out_RHV.reshape(len(out_RHV), -1))
 
 
+def attention_class(config: ModelConfig) -> type[GroupedQueryAttention] | type[MultiHeadLatentAttention]:
+    """The module that `config.attention` and `config.mla` name. Raises: ValueError for a kind that there is not."""
+    if config.attention not in ATTENTION:
+        raise ValueError(f"There is no attention {config.attention!r}; there is {', '.join(ATTENTION)}.")
+    grouped_query, latent = ATTENTION[config.attention]
+    return latent if config.mla else grouped_query
+
+
+ATTENTION = {"dense": (GroupedQueryAttention, MultiHeadLatentAttention)}
+"""Attention kind -> its form for grouped-query models, and its form for latent ones."""
+
+
 def _mla(config: ModelConfig) -> MLAConfig:
     if config.mla is None:
         raise ValueError("MultiHeadLatentAttention needs ModelConfig.mla; set it, or use grouped-query attention.")

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from rorqual.models.attention import attention_class
 from rorqual.models.cache import CachedLayout, KVCache
 from rorqual.models.config import ModelConfig
 from rorqual.models.layout import PackedLayout
@@ -40,7 +40,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(config) if config.mla else GroupedQueryAttention(config)
+        self.self_attn = attention_class(config)(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: MLP | MixtureOfExperts
         if config.moe is not None and layer in config.moe_layers:
@@ -148,8 +148,7 @@ class Decoder(nn.Module):
 
     def new_cache(self, num_slots: int, capacity: int) -> KVCache:
         """An empty cache in the model's dtype, on its device."""
-        kind = MultiHeadLatentAttention if self.config.mla else GroupedQueryAttention
-        widths = kind.cache_widths(self.config)
+        widths = attention_class(self.config).cache_widths(self.config)
         return KVCache(self.config.num_layers, widths, num_slots, capacity, like=self.embed_tokens.weight)
 
     @torch.no_grad()

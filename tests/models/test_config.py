@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention, attention_class
 from rorqual.models.config import MLAConfig, ModelConfig, MoEConfig
 from rorqual.records import from_json, to_json
 
@@ -47,3 +48,10 @@ def test_moe_layers_are_those_that_are_not_dense() -> None:
 def test_json_round_trip() -> None:
     config = ModelConfig(**SIZES, mla=MLAConfig(), moe=MoEConfig(**EXPERTS, dense_layers=(0,)))
     assert from_json(to_json(config), ModelConfig) == config
+
+
+def test_the_attention_kind_is_a_setting_that_is_read() -> None:
+    assert attention_class(ModelConfig(**SIZES)) is GroupedQueryAttention
+    assert attention_class(ModelConfig(**SIZES, mla=MLAConfig())) is MultiHeadLatentAttention
+    with pytest.raises(ValueError, match="no attention 'sideways'; there is dense"):
+        attention_class(ModelConfig(**SIZES, attention="sideways"))
