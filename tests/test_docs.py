@@ -62,8 +62,8 @@ def test_every_config_loads(path: Path) -> None:
 def run_commands() -> list[str]:
     """Every `rorqual run` that the documents and the help show, without placeholders, as it would be typed."""
     texts = [path.read_text() for path in DOCUMENTS] + [typer.main.get_command(app).commands["run"].help]
-    found = [re.findall(r"^\s*(rorqual run .*?)(?:\s+#.*)?$", text, re.MULTILINE) for text in texts]
-    found += [re.findall(r"`(rorqual run .*?)`", text) for text in texts]
+    found = [re.findall(r"^\s*(?:.venv/bin/)?(rorqual run .*?)(?:\s+#.*)?$", text, re.MULTILINE) for text in texts]
+    found += [re.findall(r"`(?:.venv/bin/)?(rorqual run .*?)`", text) for text in texts]
     return sorted({command for commands in found for command in commands})
 
 
@@ -89,6 +89,14 @@ def test_help_shows_commands_as_they_are_typed(capsys, monkeypatch) -> None:
     shown = capsys.readouterr().out
     (command,) = (each for each in run_commands() if "--set 'tasks=[" in each)
     assert command in shown
+
+
+def test_question_that_the_help_shows_is_one_that_the_demo_trains() -> None:
+    (question,) = re.findall(r'-q "(.*?)"', typer.main.get_command(app).commands["chat"].help)
+    config = load_config(ROOT / "configs/r1_zero/tiny.toml", RECIPES["r1_zero"].Config)
+    kinds = [ReasoningGymTasks.from_config(each).task("test", 0).messages[-1].content for each in config.tasks]
+    shape = [re.sub(r"[+-]", "±", re.sub(r"\d+", "N", text)) for text in (question, *kinds)]
+    assert shape[0] in shape[1:]
 
 
 def test_readme_opens_with_two_commands() -> None:

@@ -7,21 +7,36 @@ from array import array
 from rich.console import Console
 from rich.text import Text
 
+from rorqual.cli.options import check_option
 from rorqual.cli.policies import Policy
 from rorqual.engines.local import LocalEngine
 from rorqual.envs.dialogue import DialogueEnvironment
 from rorqual.records import GenerateRequest, Message, SamplingParams, Task
 
 
+class WindowFullError(ValueError):
+    """A prompt that leaves no room for an answer."""
+
+
+def check_chat(question: str | None, temperature: float, top_p: float, max_new_tokens: int) -> None:
+    """What can be said before anything is loaded. Raises: ValueError naming the option."""
+    if question is not None and not question.strip():
+        raise ValueError("--question is empty; give a text, or leave it out for a conversation.")
+    check_option("--temperature", temperature, temperature >= 0.0, "0 or more")
+    check_option("--top-p", top_p, 0.0 < top_p <= 1.0, "above 0 and at most 1")
+    check_option("--max-new-tokens", max_new_tokens, max_new_tokens >= 1, "1 or more")
+
+
 class Speaker:
     """A policy in one conversation, asked as its run asked it: the same system message first, the same suffix.
 
-    With a template, which holds one turn, every question starts anew.
+    A policy of one turn starts anew with every question, and so does a conversation that has filled the window.
     """
 
     def __init__(self, policy: Policy, temperature: float, top_p: float, max_new_tokens: int, seed: int) -> None:
         """Raises: ValueError for a sampling setting out of range."""
         self.label = policy.label
+        self.single_turn = policy.single_turn or bool(policy.encoding.config.template)
         self._encoding = policy.encoding
         self._environment = DialogueEnvironment(policy.dialogue)
         self._engine = LocalEngine(policy.model)
@@ -32,19 +47,21 @@ class Speaker:
         self._params(1)
 
     def answer(self, question: str) -> Message:
-        """What the policy says next. Raises: ValueError when the conversation fills the window."""
+        """What the policy says next. Raises: WindowFullError; the next question then starts a new conversation."""
         task = Task(
             task_id="chat", environment="dialogue", domain="", messages=(Message(role="user", content=question),)
         )
         messages = self._environment.start(task)
-        if self._context and not self._encoding.config.template:
+        if self._context and not self.single_turn:
             prompt = self._context + self._encoding.follow_up(messages[-1:], self._context[-1])
         else:
             prompt = self._encoding.prompt(messages)
         room = self._engine.context_window - len(prompt)
         if room < 1:
-            raise ValueError(
-                f"The conversation fills the window of {self._engine.context_window} tokens; start a new one."
+            self._context = array("i")
+            raise WindowFullError(
+                f"With this question the conversation fills the window of {self._engine.context_window} tokens; ask a "
+                "shorter one, or start a new conversation."
             )
         request = GenerateRequest(request_id=str(self._turns), prompt_ids=prompt, params=self._params(room))
         (completion,) = self._engine.generate([request])
@@ -67,7 +84,9 @@ def converse(console: Console, speaker: Speaker, question: str | None) -> None:
     if question is not None:
         _show(console, speaker.answer(question))
         return
-    console.print(f"[dim]Talking to {speaker.label}. An empty line ends the conversation.[/dim]", highlight=False)
+    turns = " It answers single questions: each starts anew, and it knows nothing of the earlier ones."
+    about = f"Talking to {speaker.label}.{turns if speaker.single_turn else ''} An empty line ends the conversation."
+    console.print(Text(about, style="dim"))
     while True:
         try:
             asked = console.input("[bold]› [/bold]").strip()
@@ -75,7 +94,10 @@ def converse(console: Console, speaker: Speaker, question: str | None) -> None:
             return
         if not asked:
             return
-        _show(console, speaker.answer(asked))
+        try:
+            _show(console, speaker.answer(asked))
+        except WindowFullError as error:
+            console.print(Text(f"{error} The next question starts anew.", style="yellow"))
 
 
 def _show(console: Console, message: Message) -> None:

@@ -22,6 +22,7 @@ from rorqual.cli.doctor import examine
 from rorqual.cli.evaluation import EvalCommand, run_evaluation
 from rorqual.cli.export import export_policy
 from rorqual.cli.manual import manual_page
+from rorqual.cli.options import parse_table
 from rorqual.cli.policies import load_policy
 from rorqual.cli.progress import RichProgress
 from rorqual.config import load_config, read_recipe_name
@@ -58,13 +59,15 @@ def top(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback 
 
 @app.command()
 def run(
-    config: Annotated[Path, typer.Argument(help="A TOML file; its first line names the recipe.")],
+    config: Annotated[Path, typer.Argument(help="A TOML file; its key `recipe` names the recipe.")],
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="One setting, as section.key=value; repeatable.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/RECIPE-FILE.")] = None,
 ) -> None:
-    """Run a recipe. Interrupted at any moment, the same command goes on where it stopped.
+    """Run a recipe. Interrupted at any moment, the same command goes on from the last checkpoint.
+
+    A reward of your own, `name = "my_module:my_function"`, is looked for in the working directory too.
 
     Examples:
 
@@ -74,6 +77,7 @@ def run(
 
         rorqual run configs/r1_zero/tiny.toml --set 'tasks=[{name="leg_counting", options={max_animals=3}}]' --out runs/legs
     """  # noqa: E501
+    _see_working_directory()
     name = read_recipe_name(config)
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
@@ -87,7 +91,11 @@ def run(
     with Run.open(directory, settings_of_run, recipe.seeds(settings_of_run), command, recipe=name) as store:
         if len(store.manifest["sessions"]) > 1:
             console.print(f"Going on with {directory}.", highlight=False)
-        recipe.main(settings_of_run, store, RichProgress(console))
+        try:
+            recipe.main(settings_of_run, store, RichProgress(console))
+        except KeyboardInterrupt:
+            errors.print(_where_it_goes_on(store), highlight=False)
+            raise
         tables.show_evaluations(console, store)
     console.print(f"Finished. See it with: rorqual report {directory}", highlight=False)
 
@@ -95,9 +103,20 @@ def run(
 @app.command(name="eval")
 def evaluate(
     policy: Place,
-    benchmark: Annotated[str, typer.Option(help="A benchmark by name, or any reasoning-gym data set.")] = "chain_sum",
+    benchmark: Annotated[
+        str | None,
+        typer.Option(
+            help="A benchmark by name, or any reasoning-gym data set; by default a run's own held-out problems."
+        ),
+    ] = None,
+    options: Annotated[
+        str | None, typer.Option(help="Options of the data set as a TOML table; the others are the benchmark's.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="How to sample: greedy, r1 or v32.")] = "greedy",
-    problems: Annotated[int | None, typer.Option(help="Number of problems; by default the benchmark's.")] = None,
+    problems: Annotated[
+        int | None,
+        typer.Option(help="Number of problems, of each data set of a run; by default the benchmark's or the run's."),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Samples of each problem; by default the protocol's.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Longest response; by default the protocol's.")] = None,
     stage: Stage = None,
@@ -111,18 +130,23 @@ def evaluate(
 ) -> None:
     """Evaluate a policy on held-out problems; every sample is kept, and an interrupted evaluation goes on.
 
-    A policy of a run is asked as in its training, and none of the problems it was trained on. What goes on draws the
-    same tokens, with log-probs equal up to rounding.
+    A policy of a run is asked as in its training, and none of the problems it was trained on. Without a benchmark it
+    meets held-out problems of its run, judged by the run's rewards; a reward of your own is looked for in the working
+    directory too. What goes on draws the same tokens, with log-probs equal up to rounding.
 
     Examples:
 
-        rorqual eval runs/demo --benchmark chain_sum --protocol greedy
+        rorqual eval runs/demo --protocol greedy
+
+        rorqual eval runs/demo --benchmark chain_sum --options '{min_terms=6, max_terms=6, max_digits=1}' --out runs/six
 
         rorqual eval ./Qwen3-0.6B --benchmark gcd --protocol r1 --problems 50 --max-new-tokens 4096 --device cuda
     """
+    _see_working_directory()
     command = EvalCommand(
         policy=str(policy),
         benchmark=benchmark,
+        options=parse_table("--options", options) if options is not None else {},
         protocol=protocol,
         problems=problems,
         samples=samples,
@@ -155,8 +179,9 @@ def chat(
 
         rorqual chat runs/demo
 
-        rorqual chat runs/demo --stage pretrain -q "4 + 3 ="
+        rorqual chat runs/demo --stage pretrain -q "Calculate 3 + 4 - 1 - 8 - 7."
     """
+    chatting.check_chat(question, temperature, top_p, max_new_tokens)
     speaker = chatting.Speaker(load_policy(policy, stage, template, device), temperature, top_p, max_new_tokens, seed)
     chatting.converse(console, speaker, question)
 
@@ -222,8 +247,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(given, prog_name="rorqual")
     except SystemExit as stop:
         if stop.code == EXIT_INTERRUPTED:
-            resumes = given[:1] in (["run"], ["eval"])
-            errors.print("[yellow]Stopped.[/yellow]" + (" The same command goes on from here." if resumes else ""))
+            goes_on = given[:1] == ["eval"]
+            errors.print("[yellow]Stopped.[/yellow]" + (" The same command plays what is missing." if goes_on else ""))
         return int(stop.code or 0)
     except ValueError as error:
         if debug:
@@ -231,6 +256,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"[bold red]Error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
         return EXIT_USAGE
     return 0
+
+
+def _see_working_directory() -> None:
+    """Let a reward's module be imported from where the command was typed, after every installed one."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+
+
+def _where_it_goes_on(store: Run) -> str:
+    """Where the same command takes a run up again: the last step that any stage sealed."""
+    for stage in reversed(store.stages()):
+        steps = sorted(path.name for path in (store.path / "checkpoints" / stage).glob("step_*"))
+        if steps:
+            return f"The same command goes on from the last checkpoint: {stage}, step {int(steps[-1][5:])}."
+    return "There is no checkpoint yet: the same command starts anew."
 
 
 def _show_warning(

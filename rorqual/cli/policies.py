@@ -14,6 +14,8 @@ from rorqual.envs.dialogue import DialogueConfig
 from rorqual.models.checkpoints import load_checkpoint
 from rorqual.models.decoder import Decoder
 from rorqual.recipes.catalog import RECIPES
+from rorqual.records import Task
+from rorqual.rewards.rules import RewardConfig
 from rorqual.store.files import StoreError
 from rorqual.store.run import Run
 from rorqual.text.encoding import CONVERSATION_TEMPLATE, Encoding, EncodingConfig
@@ -26,7 +28,8 @@ class Policy:
     """A model with what turns text into its tokens, and how its run asked it.
 
     label: where it comes from. dialogue: the system message and suffix that it was trained with. trained_questions:
-    those that its run showed it; none are known of a checkpoint that was read from elsewhere.
+    those that its run showed it; none are known of a checkpoint that was read from elsewhere. own: the problems of its
+    run, None for such a checkpoint. single_turn: whether it was trained to answer one question and no second one.
     """
 
     label: str
@@ -35,16 +38,43 @@ class Policy:
     tokenizer_folder: Path
     dialogue: DialogueConfig = field(default_factory=DialogueConfig)
     trained_questions: Callable[[], Collection[str]] = frozenset
+    own: OwnProblems | None = None
+    single_turn: bool = False
+
+
+@dataclass(frozen=True)
+class OwnProblems:
+    """What a run evaluates its policies on. held_out: so many problems of each data set, which no training showed."""
+
+    held_out: Callable[[int], list[Task]]
+    num_problems: int
+    rewards: tuple[RewardConfig, ...]
+
+
+def check_device(name: str) -> None:
+    """Raises: ValueError when torch knows no such device, or has none here."""
+    try:
+        torch.empty(0, device=torch.device(name))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"--device {name} cannot be used here ({reason}). Give cpu, or a device that `rorqual doctor` lists, such "
+            "as cuda or cuda:0."
+        ) from error
 
 
 def load_policy(place: str | Path, stage: str | None, template: bool, device: str) -> Policy:
     """Load a policy. stage: which one of a run, the last that has a checkpoint by default.
 
     template: render questions by a plain-text template, for a base model without chat tokens; a run knows this itself.
-    Raises: ValueError when `place` is neither a run nor a checkpoint, or has no such stage.
+    Raises: ValueError when `place` is neither a run nor a checkpoint, or has no such stage, when `template` is given
+    for a run, or for a device that is not here.
     """
+    check_device(device)
     folder = Path(place)
     if (folder / "manifest.json").exists():
+        if template:
+            raise ValueError(f"{folder} is a run, which knows how it asks; leave --template out.")
         return _from_run(folder, stage, device)
     if not (folder / "config.json").exists():
         raise ValueError(
@@ -55,18 +85,25 @@ def load_policy(place: str | Path, stage: str | None, template: bool, device: st
         raise ValueError(f"{folder} is a checkpoint, which has no stages; leave --stage out.")
     encoding = EncodingConfig(template=CONVERSATION_TEMPLATE if template else "")
     model = load_checkpoint(folder, device=device)
-    return Policy(folder.name, model, Encoding(Tokenizer.load(folder), encoding), folder)
+    return Policy(folder.name, model, Encoding(Tokenizer.load(folder), encoding), folder, single_turn=template)
 
 
 def _from_run(folder: Path, stage: str | None, device: str) -> Policy:
     run = Run.read(folder)
     name = run.manifest["recipe"]
     if name not in RECIPES:
-        raise ValueError(f"{folder} was made by the recipe {name!r}; there are {', '.join(RECIPES)}.")
+        made = f"by the recipe {name!r}, which is not here" if name else "without a recipe"
+        raise ValueError(
+            f"{folder} was made {made}, so its policy cannot be loaded; give a run of {' or '.join(RECIPES)}."
+        )
     config = msgspec.convert(run.config, RECIPES[name].Config)
     stages = [each for each in run.stages() if (folder / "checkpoints" / each).is_dir()]
-    if not stages or (stage is not None and stage not in stages):
-        raise ValueError(f"{folder} has no checkpoint of stage {stage!r}; it has: {', '.join(stages) or 'none yet'}.")
+    if not stages:
+        raise ValueError(
+            f"{folder} has no checkpoint yet; its first one comes with `rorqual run`, which goes on there."
+        )
+    if stage is not None and stage not in stages:
+        raise ValueError(f"{folder} has no checkpoint of stage {stage!r}; it has: {', '.join(stages)}.")
     chosen = stage or _trained_stage(stages)
     checkpoint = run.latest_checkpoint(chosen)
     if checkpoint is None:
@@ -81,12 +118,19 @@ def _from_run(folder: Path, stage: str | None, device: str) -> Policy:
         tokenizer_folder=folder / "tokenizer",
         dialogue=config.dialogue,
         trained_questions=lambda: _trained_questions(name, config),
+        own=OwnProblems(lambda number: _held_out(name, config, number), config.evaluation.num_problems, config.rewards),
+        single_turn=True,  # every recipe plays one turn
     )
 
 
 def _trained_questions(recipe: str, config: Any) -> Collection[str]:
     questions: Collection[str] = RECIPES[recipe].problems(config).trained_questions()
     return questions
+
+
+def _held_out(recipe: str, config: Any, num_problems: int) -> list[Task]:
+    tasks: list[Task] = RECIPES[recipe].problems(config).held_out(num_problems)
+    return tasks
 
 
 def _trained_stage(stages: list[str]) -> str:

@@ -3,7 +3,9 @@
 manifest.json                         resolved config, versions, seeds, git state, command; one entry a resumption
 metrics.jsonl                         one JSON object a line: stage, step, and flat keys such as "reward/accuracy"
 trajectories/<stage>/step_000012.parquet
-evals/<name>.parquet, <name>.json     every sample, and the summary; <name>.partial.jsonl while it is being made
+evals/<name>.plan.json                all that the samples depend on: protocol, seed, digests of weights and problems
+evals/<name>.partial.jsonl            the samples so far, while the evaluation is being made
+evals/<name>.parquet, <name>.json     every sample; {"place", "summary"}: its place among the evaluations, its figures
 checkpoints/<stage>/step_000012/      see checkpoints.py
 tokenizer/tokenizer.json              so that a report can show text
 """
@@ -221,6 +223,9 @@ class Run:
         return self.path / name
 
 
+MAX_DIFFERENCES_SHOWN = 5
+"""Settings that an error lists, one a line; of the others it says how many there are."""
+
 _OWN_LEFTOVERS = {"lock", ".tmp-manifest.json"}
 
 
@@ -264,9 +269,13 @@ def _check_same_settings(root: Path, before: dict[str, Any], now: dict[str, Any]
         if old.get(key, absent) != new.get(key, absent)
     ]
     if differing:
+        shown = differing[:MAX_DIFFERENCES_SHOWN]
+        if len(differing) > len(shown):
+            shown.append(f"and {len(differing) - len(shown)} more")
+        lines = "".join(f"\n  {each}" for each in shown)
         raise StoreError(
-            f"{root} was started with other {what} ({'; '.join(differing)}). To go on with it, give the same; to try "
-            "the new ones, choose another name or directory (--out)."
+            f"{root} was started with other {what}:{lines}\nTo go on with it, give the same; to try the new ones, "
+            "choose another name or directory (--out)."
         )
 
 

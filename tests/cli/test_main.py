@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,18 +14,20 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 import typer
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rorqual.cli import evaluation
+from rorqual.cli import evaluation, tables
 from rorqual.cli import main as command_line
 from rorqual.cli.chat import Speaker
 from rorqual.cli.doctor import EXTRAS, examine
 from rorqual.cli.main import main
 from rorqual.cli.manual import manual_page
-from rorqual.cli.policies import load_policy
+from rorqual.cli.policies import Policy, load_policy
 from rorqual.envs.dialogue import DialogueConfig, ReasoningGymConfig, ReasoningGymTasks, canonical_question
 from rorqual.evals.benchmarks import BENCHMARKS, Benchmark, load_tasks
 from rorqual.models.checkpoints import load_checkpoint, save_checkpoint
@@ -30,7 +36,7 @@ from rorqual.models.decoder import Decoder
 from rorqual.recipes.grpo import GrpoConfig
 from rorqual.recipes.pretrain import PretrainConfig
 from rorqual.recipes.problems import RL_FIRST_INDEX
-from rorqual.recipes.r1_zero import R1ZeroConfig
+from rorqual.recipes.r1_zero import R1ZeroConfig, problems
 from rorqual.records import Record, SamplingParams
 from rorqual.store.run import Run
 from rorqual.text.tokenizer import Tokenizer, train_tokenizer
@@ -67,7 +73,17 @@ def test_eval_keeps_every_sample_and_goes_on(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     numbers = ["--problems", "4", "--samples", "3", "--max-new-tokens", "8"]
-    verb = ["eval", str(checkpoint), "--protocol", "r1", *numbers, "--out", str(tmp_path / "out")]
+    verb = [
+        "eval",
+        str(checkpoint),
+        "--benchmark",
+        "chain_sum",
+        "--protocol",
+        "r1",
+        *numbers,
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(verb) == 0
     shown = capsys.readouterr().out
     assert "chain_sum-r1" in shown
@@ -171,18 +187,147 @@ def test_a_run_in_another_type_than_its_checkpoint(stored_in_bfloat16, tmp_path:
     assert main(["chat", str(run), "-q", "4 + 3 =", "--max-new-tokens", "4"]) == 0
 
 
-def test_eval_and_chat_ask_as_the_run_did(stored_in_bfloat16) -> None:
-    speaker = Speaker(load_policy(stored_in_bfloat16[0], None, False, "cpu"), 1.0, 1.0, 3, 0)
+def prompts_of(policy: Policy, *questions: str) -> list[str]:
+    """The texts that a conversation gives to the engine."""
+    speaker = Speaker(policy, 1.0, 1.0, 3, 0)
     asked = []
     generate = speaker._engine.generate
     speaker._engine.generate = lambda requests: asked.extend(requests) or generate(requests)
-    speaker.answer("4 + 3 =")
-    speaker.answer("and 2 more?")
-    texts = [speaker._encoding.tokenizer.decode(request.prompt_ids) for request in asked]
-    assert "Be brief.<｜User｜>4 + 3 = Think.<｜Assistant｜>" in texts[0]
+    for question in questions:
+        speaker.answer(question)
+    return [speaker._encoding.tokenizer.decode(request.prompt_ids) for request in asked]
+
+
+def test_eval_and_chat_ask_as_the_run_did(stored_in_bfloat16) -> None:
+    policy = load_policy(stored_in_bfloat16[0], None, False, "cpu")
+    single = prompts_of(policy, "4 + 3 =", "and 2 more?")
+    assert "Be brief.<｜User｜>4 + 3 = Think.<｜Assistant｜>" in single[0]
+    assert single[1] == single[0].replace("4 + 3 =", "and 2 more?"), "a run of one turn starts anew"
+    texts = prompts_of(dataclasses.replace(policy, single_turn=False), "4 + 3 =", "and 2 more?")
+    assert texts[0] == single[0]
     assert texts[1].startswith(texts[0])
     assert texts[1].endswith("<｜User｜>and 2 more? Think.<｜Assistant｜>" + texts[0].partition("<｜Assistant｜>")[2])
     assert texts[1].count("Be brief.") == 1
+
+
+def test_chat_says_that_turns_are_single_and_a_full_window_ends_a_turn_alone(
+    trained: Path, checkpoint: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    questions = iter(["4 + 3 =", "4 + 3 = " * 100, "4 + 3 =", ""])
+    monkeypatch.setattr(command_line.console, "input", lambda prompt: next(questions))
+    assert main(["chat", str(checkpoint), "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "each starts anew" not in said
+    assert "fills the window of 128 tokens" in said
+    assert "The next question starts anew" in said
+    assert next(questions, "all were asked") == "all were asked"
+    questions = iter([""])
+    monkeypatch.setattr(command_line.console, "input", lambda prompt: next(questions))
+    assert main(["chat", str(trained)]) == 0
+    assert "each starts anew" in " ".join(capsys.readouterr().out.split())
+    speaker = Speaker(load_policy(checkpoint, None, False, "cpu"), 0.0, 1.0, 4, 0)
+    fresh = speaker.answer("4 + 3 =")
+    with pytest.raises(ValueError, match="fills the window of 128 tokens"):
+        speaker.answer("4 + 3 = " * 100)
+    assert speaker.answer("4 + 3 =") == fresh
+
+
+def test_template_is_for_checkpoints_alone(trained: Path, capsys) -> None:
+    assert main(["chat", str(trained), "--template", "-q", "x"]) == 2
+    assert "is a run, which knows how it asks" in capsys.readouterr().err
+
+
+def test_convert_writes_over_its_own_exports_alone(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    assert main(["convert", str(checkpoint), str(out)]) == 0
+    assert main(["convert", str(checkpoint), str(out), "--dtype", "bfloat16"]) == 0
+    assert load_checkpoint(out, None).embed_tokens.weight.dtype == torch.bfloat16
+    shutil.copytree(checkpoint, tmp_path / "other")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()}
+    assert main(["convert", str(checkpoint), str(tmp_path / "other")]) == 2
+    assert "has files in it that no export wrote" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "other").iterdir()} == before
+
+
+def test_a_run_without_a_checkpoint_or_a_recipe(tmp_path: Path, capsys) -> None:
+    config = R1ZeroConfig(tasks=(ReasoningGymConfig(name="gcd"),), checkpoint="base")
+    Run.open(tmp_path / "new", config, {}, recipe="r1_zero").close()
+    assert main(["chat", str(tmp_path / "new")]) == 2
+    assert "has no checkpoint yet" in capsys.readouterr().err
+    Run.open(tmp_path / "bare", config, {}).close()
+    assert main(["chat", str(tmp_path / "bare")]) == 2
+    assert "was made without a recipe" in capsys.readouterr().err
+    Run.open(tmp_path / "eval", config, {}, recipe="eval").close()
+    assert main(["chat", str(tmp_path / "eval")]) == 2
+    assert "was made by the recipe 'eval', which is not here" in capsys.readouterr().err
+
+
+def test_eval_of_a_run_meets_its_own_held_out_problems(stored_in_bfloat16, tmp_path: Path) -> None:
+    run, _ = stored_in_bfloat16
+    verb = ["eval", str(run), "--problems", "9", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    assert main(verb) == 0
+    config = msgspec.convert(Run.read(run).config, R1ZeroConfig)
+    rows = Run.read(tmp_path / "out").read_eval("own-greedy")
+    assert [row.trajectory.task_id for row in rows] == [task.task_id for task in problems(config).held_out(9)]
+    assert {tuple(row.score.parts) for row in rows} == {tuple(reward.name for reward in config.rewards)}
+
+
+def test_options_of_a_data_set_replace_those_of_the_benchmark(checkpoint: Path, tmp_path: Path) -> None:
+    numbers = ["--problems", "3", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    options = ["--benchmark", "chain_sum_small", "--options", "{max_terms = 2, max_digits = 1}"]
+    assert main(["eval", str(checkpoint), *options, *numbers]) == 0
+    asked = [str(row.trajectory.messages) for row in Run.read(tmp_path / "out").read_eval("chain_sum_small-greedy")]
+    assert all(re.search(r"problem: \d [+-] \d =", text) for text in asked)
+
+
+def command_line_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The console script's way in: the working directory is not on the path before the program begins."""
+    code = "import sys; from rorqual.cli.main import main; sys.exit(main())"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", code, *arguments],
+        cwd=folder, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_reward_of_the_working_directory(stored_in_bfloat16, tmp_path: Path) -> None:
+    (tmp_path / "my_rewards.py").write_text("def seven(task, evidence):\n    return 0.75\n")
+    shutil.copytree(stored_in_bfloat16[0], tmp_path / "run")
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    manifest["config"]["rewards"].append({"name": "my_rewards:seven", "weight": 1.0})
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps(manifest))
+    answer = command_line_in(tmp_path, "eval", "run", "--problems", "1", "--max-new-tokens", "2", "--out", "out")
+    assert answer.returncode == 0, answer.stderr
+    (row,) = Run.read(tmp_path / "out").read_eval("own-greedy")
+    assert row.score.parts["my_rewards:seven"] == 0.75
+    (tmp_path / "r.toml").write_text(
+        'recipe = "r1_zero"\ncheckpoint = "absent"\ntasks = [{name = "gcd"}]\n'
+        'rewards = [{name = "accuracy"}, {name = "my_rewards:seven"}, {name = "my_rewards:eight"}]\n'
+    )
+    answer = command_line_in(tmp_path, "run", "r.toml")
+    assert answer.returncode == 2
+    assert "module 'my_rewards' has no attribute 'eight'" in answer.stderr
+
+
+def test_names_of_evaluations_are_whole_in_a_narrow_terminal(tmp_path: Path) -> None:
+    names = ["base-sampled", "control-sampled", "basic_arithmetic-greedy"]
+    interval = {"low": 0.875, "high": 0.9625}
+    summary = {"mean": 0.9, "over_problems": interval, "fixed_set": interval, "parse_failure_rate": 1.0}
+    summary |= {"truncation_rate": 1.0, "mean_tokens": 1231.5, "samples_obtained": 1600, "samples_requested": 1600}
+    with Run.open(tmp_path / "run", Toy(), {}) as run:
+        for name in names:
+            run.finish_eval(name, [], summary)
+        console = Console(file=io.StringIO(), width=80)
+        tables.show_evaluations(console, run)
+    lines = console.file.getvalue().splitlines()
+    assert all(any(line.startswith(name + " ") for line in lines) for name in names)
+    assert max(map(len, lines)) <= 80
+    assert console.file.getvalue().count("87.5–96.2%") == 6
+    assert console.file.getvalue().count("1600 of") == 3
+    wide = Console(file=io.StringIO(), width=140)
+    tables.show_evaluations(wide, Run.read(tmp_path / "run"))
+    assert wide.file.getvalue().count("1231.5") == 3
 
 
 def test_eval_leaves_out_what_the_run_trained_on(stored_in_bfloat16, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -207,7 +352,7 @@ def test_eval_leaves_out_what_the_run_trained_on(stored_in_bfloat16, tmp_path: P
 
 def test_eval_of_other_weights_in_the_same_place_is_refused(checkpoint: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(checkpoint, tmp_path / "policy")
-    numbers = ["--problems", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
+    numbers = ["--benchmark", "gcd", "--problems", "2", "--max-new-tokens", "2", "--out", str(tmp_path / "out")]
     assert main(["eval", str(tmp_path / "policy"), *numbers]) == 0
     other = load_checkpoint(tmp_path / "policy")
     with torch.no_grad():
@@ -221,7 +366,8 @@ def test_slots_bound_the_sequences_in_the_cache(checkpoint: Path, tmp_path: Path
     made = []
     engine = evaluation.LocalEngine
     monkeypatch.setattr(evaluation, "LocalEngine", lambda model, config: made.append(config) or engine(model, config))
-    verb = ["eval", str(checkpoint), "--problems", "5", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    numbers = ["--benchmark", "gcd", "--problems", "5", "--max-new-tokens", "4", "--out", str(tmp_path / "out")]
+    verb = ["eval", str(checkpoint), *numbers]
     assert main([*verb, "--slots", "2"]) == 0
     assert made[0].num_slots == 2
     assert "5 of 5" in capsys.readouterr().out
@@ -283,17 +429,38 @@ def test_default_place_of_a_run(toy: Path, tmp_path: Path, monkeypatch) -> None:
         (["report", "/nowhere/at/all"], "has no manifest.json"),
         (["eval", "{policy}", "--protocol", "greddy"], "did you mean 'greedy'"),
         (["eval", "{policy}", "--benchmark", "chian_sum"], "no data set 'chian_sum'; nearest: chain_sum"),
-        (["eval", "{policy}", "--samples", "0"], "at least one sample"),
+        (["eval", "{policy}", "--samples", "0"], "--samples 0 is out of range"),
+        (["eval", "/nowhere", "--problems", "0"], "--problems 0 is out of range; it must be 1 or more"),
+        (["eval", "/nowhere", "--problems", "-1"], "--problems -1 is out of range"),
+        (["eval", "/nowhere", "--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
+        (["eval", "{policy}"], "no problems of its own; name some with --benchmark: chain_sum"),
+        (["eval", "{policy}", "--options", "{{max_terms=3}}"], "name it with --benchmark"),
+        (["eval", "{policy}", "--benchmark", "gcd", "--options", "3"], "--options '3' is not a TOML table"),
+        (["eval", "{policy}", "--benchmark", "gcd", "--options", "{{"], "--options '{{' is not a TOML table"),
+        (["eval", "{policy}", "--benchmark", "gcd", "--options", "{{legs=3}}"], "'gcd' has no options legs"),
+        (["eval", "{policy}", "--benchmark", "gcd", "--device", "foo"], "--device foo cannot be used here"),
+        (["chat", "/nowhere", "--temperature", "-1"], "--temperature -1 is out of range"),
+        (["chat", "/nowhere", "--max-new-tokens", "0"], "--max-new-tokens 0 is out of range"),
+        (["chat", "/nowhere", "-q", " "], "--question is empty"),
+        (["chat", "{policy}", "-q", "x", "--device", "foo"], "--device foo cannot be used here"),
+        (["chat", "{policy}", "-q", "x", "--device", "cuda:99"], "--device cuda:99 cannot be used here"),
         (["chat", "/nowhere"], "neither a run"),
         (["chat", "{policy}", "--stage", "rl"], "has no stages"),
-        (["chat", "{policy}", "--top-p", "2", "-q", "x"], "SamplingParams.top_p = 2.0 is out of range"),
+        (
+            ["chat", "/nowhere", "--top-p", "2", "-q", "x"],
+            "--top-p 2 is out of range; it must be above 0 and at most 1",
+        ),
+        (["convert", "{policy}", "{policy}"], "is the policy's own place"),
+        (["convert", "{policy}", "{policy}/inside"], "is the policy's own place, or lies in it"),
+        (["convert", "{policy}", "{policy}/config.json"], "lies in it"),
+        (["convert", "{policy}", "{toy}"], "is a file"),
         (["convert", "{policy}", "/tmp/x", "--dtype", "int3"], "choose one of float32"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_two(verb, words, toy, checkpoint, capsys) -> None:
     assert main([part.format(toy=toy, policy=checkpoint) for part in verb]) == 2
     said = capsys.readouterr()
-    assert words in said.err
+    assert words.replace("{{", "{") in said.err
     assert said.err.startswith("Error: ")
     assert "Traceback" not in said.err
 
@@ -313,7 +480,20 @@ def test_interrupt_says_how_to_go_on(toy: Path, tmp_path: Path, monkeypatch, cap
 
     monkeypatch.setattr(command_line.RECIPES["toy"], "main", interrupted)
     assert main(["run", str(toy), "--out", str(tmp_path / "run")]) == 130
-    assert "The same command goes on from here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no checkpoint yet: the same command starts anew" in said
+    assert said.endswith("Stopped.\n")
+
+    def interrupted_later(config, run, progress) -> None:
+        for stage, steps in (("pretrain", 7), ("rl", 12), ("rl-eval", 0)):
+            run.append_metrics(stage, steps, {})
+            for step in range(5, steps, 5):
+                run.write_checkpoint(stage, step, lambda path: (path / "weights").write_text("x"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line.RECIPES["toy"], "main", interrupted_later)
+    assert main(["run", str(toy), "--out", str(tmp_path / "run")]) == 130
+    assert "The same command goes on from the last checkpoint: rl, step 10." in capsys.readouterr().err
 
 
 def test_doctor_finds_what_is_missing_and_says_what_to_do(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -35,10 +35,24 @@ def test_resuming_adds_a_session_and_other_settings_are_refused(run: Run, settin
     run.close()
     Run.open(run.path, settings, {"run": 1}).close()
     assert len(Run.read(run.path).manifest["sessions"]) == 2
-    with pytest.raises(StoreError, match=r"inner\.rate: 0\.1 then, 0\.2 now.*--out"):
+    with pytest.raises(StoreError, match=r"other config:\n  inner\.rate: 0\.1 then, 0\.2 now\nTo go on.*--out"):
         Run.open(run.path, Settings(inner=Inner(rate=0.2)), {"run": 1})
     with pytest.raises(StoreError, match="other seeds"):
         Run.open(run.path, settings, {"run": 2})
+
+
+@pytest.mark.parametrize(("number", "last"), [(5, "  5: 5 then, 6 now"), (8, "  and 3 more")])
+def test_settings_that_differ_are_listed_one_a_line_and_five_at_most(run: Run, number: int, last: str) -> None:
+    plan = {str(key): key for key in range(1, number + 1)}
+    run.begin_eval("base", plan)
+    with pytest.raises(StoreError) as caught:
+        run.begin_eval("base", {key: value + 1 for key, value in plan.items()})
+    first, *listed, advice = str(caught.value).splitlines()
+    assert first.endswith("was started with other settings:")
+    assert listed[0] == "  1: 1 then, 2 now"
+    assert listed[-1] == last
+    assert len(listed) == min(number, 6)
+    assert advice.startswith("To go on with it")
 
 
 def test_one_writer_at_a_time(run: Run, settings: Settings) -> None:
