@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rorqual.models.cache import CachedLayout
 from rorqual.models.config import MLAConfig, ModelConfig
 from rorqual.models.layout import AttentionBlock, PackedLayout
+from rorqual.models.pointwise import RMSNorm
 from rorqual.models.rope import Rotation, softmax_scale
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
@@ -39,8 +40,8 @@ class GroupedQueryAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     @staticmethod
     def cache_widths(config: ModelConfig) -> tuple[int, ...]:
@@ -86,10 +87,10 @@ class MultiHeadLatentAttention(nn.Module):
             self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
         else:
             self.q_a_proj = nn.Linear(config.hidden_size, mla.q_lora_rank, bias=config.qkv_bias)
-            self.q_a_layernorm = nn.RMSNorm(mla.q_lora_rank, eps=1e-6)
+            self.q_a_layernorm = RMSNorm(mla.q_lora_rank, eps=1e-6)
             self.q_b_proj = nn.Linear(mla.q_lora_rank, query_width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent_dim + self.rope_dim, bias=config.qkv_bias)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent_dim, eps=1e-6)
+        self.kv_a_layernorm = RMSNorm(self.latent_dim, eps=1e-6)
         self.kv_b_proj = nn.Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(config.num_heads * self.value_dim, config.hidden_size, bias=config.output_bias)
 

@@ -23,6 +23,7 @@ from rorqual.models.cache import CachedLayout, KVCache
 from rorqual.models.config import ModelConfig
 from rorqual.models.layout import PackedLayout
 from rorqual.models.moe import MLP, Experts, MixtureOfExperts, Router
+from rorqual.models.pointwise import RMSNorm
 from rorqual.models.rope import Rope, Rotation
 
 
@@ -39,9 +40,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = attention_class(config)(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: MLP | MixtureOfExperts
         if config.moe is not None and layer in config.moe_layers:
             self.mlp = MixtureOfExperts(config.moe, config.hidden_size)
@@ -81,7 +82,7 @@ class Decoder(nn.Module):
         self.checkpoint_activations = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rope = Rope(config.rope, config.mla.qk_rope_head_dim if config.mla else config.head_dim)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

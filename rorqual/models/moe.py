@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rorqual.models.buffers import ExactBuffers
 from rorqual.models.config import MoEConfig
+from rorqual.models.pointwise import swiglu
 
 FREE_ROUTE = -1
 """A row of forced routes that begins with this is not forced: the router chooses for that token."""
@@ -30,10 +31,8 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        gate_TI = self.gate_proj(x_TD)
-        if torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate_TI) * self.up_proj(x_TD))
-        return self.down_proj(F.silu(gate_TI, inplace=True).mul_(self.up_proj(x_TD)))
+        result: Tensor = self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return result
 
 
 class Router(ExactBuffers):
@@ -119,7 +118,7 @@ class Experts(nn.Module):
 
     def _run(self, expert: int, rows: Tensor) -> Tensor:
         gate, up = F.linear(rows, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_proj[expert])
+        return F.linear(swiglu(gate, up), self.down_proj[expert])
 
 
 class MixtureOfExperts(nn.Module):

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from rorqual.models.buffers import ExactBuffers
 from rorqual.models.config import RopeConfig
+from rorqual.models.pointwise import rotate_halves
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """cos and sin: [P, 1, E/2] (the 1 broadcasts over heads)."""
+    """cos and sin: [P, 1, E] (the 1 broadcasts over heads), each angle twice; sin is negative in its first half."""
 
     cos: Tensor
     sin: Tensor
@@ -30,10 +31,8 @@ class Rotation:
     def rotate(self, x_PHE: Tensor) -> Tensor:
         """Turn each pair of dimensions by its position's angle."""
         if self.interleaved:
-            first, second = x_PHE[..., 0::2], x_PHE[..., 1::2]
-        else:
-            first, second = x_PHE.chunk(2, dim=-1)
-        return torch.cat((first * self.cos - second * self.sin, second * self.cos + first * self.sin), dim=-1)
+            x_PHE = torch.cat((x_PHE[..., 0::2], x_PHE[..., 1::2]), dim=-1)
+        return rotate_halves(x_PHE, self.cos, self.sin)
 
 
 class Rope(ExactBuffers):
@@ -57,6 +56,7 @@ class Rope(ExactBuffers):
         cos, sin = angles.cos(), angles.sin()
         if self.attention_factor != 1.0:
             cos, sin = cos * self.attention_factor, sin * self.attention_factor
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
         return Rotation(cos.to(dtype), sin.to(dtype), self.interleaved)
 
 

@@ -94,7 +94,7 @@ def test_attention_factor_scales_cosine_and_sine() -> None:
 
 
 def test_rotation_keeps_the_dtype() -> None:
-    rotation = Rotation(torch.ones(3, 1, 2).bfloat16(), torch.zeros(3, 1, 2).bfloat16(), interleaved=False)
+    rotation = Rotation(torch.ones(3, 1, 4).bfloat16(), torch.zeros(3, 1, 4).bfloat16(), interleaved=False)
     x_PHE = torch.randn(3, 2, 4).bfloat16()
     assert torch.equal(rotation.rotate(x_PHE), x_PHE)
 
