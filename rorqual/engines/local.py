@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rorqual.engines.sampling import draw
 from rorqual.engines.slots import SlotTable
-from rorqual.models.cache import cached_layout
+from rorqual.models.cache import cached_layout, shared_prefix
 from rorqual.models.decoder import Decoder
 from rorqual.records import Completion, GenerateRequest, Record, from_json, to_json
 
@@ -195,13 +195,14 @@ class LocalEngine:
         slot = self.table.free_slot(self.num_decoding)
         if slot is None:
             return False
-        length = int(self.table.prompt_length[source])
+        length, family = int(self.table.prompt_length[source]), self.table.family[source]
         self.table.last_used[source] = self.num_steps
-        if slot == source and self.table.requests[slot] is None:
-            self.table.occupy(slot, request, self.num_steps)
+        in_place = slot == source and self.table.requests[slot] is None
+        self.table.occupy(slot, request, self.num_steps)
+        self.table.family[slot] = family
+        if in_place:
             self.table.cached[slot] = length
             return True
-        self.table.occupy(slot, request, self.num_steps)
         self.table.copy_prefix(source, slot, length)
         self.table.prompt_hidden[slot] = self.table.prompt_hidden[source]
         return True
@@ -260,7 +261,8 @@ class LocalEngine:
         table, rows = self.table, np.arange(self.num_decoding)
         table.grow(int(table.length[rows].max()) + 1)
         positions_RQ = (table.length[rows] - 1)[:, None]
-        layout = cached_layout(range(self.num_decoding), self._tensor(positions_RQ[:, 0]), 1, table.cache)
+        shared = shared_prefix(table.family[rows], table.prompt_length[rows])
+        layout = cached_layout(range(self.num_decoding), self._tensor(positions_RQ[:, 0]), 1, table.cache, shared)
         output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
         table.record_routes(rows, positions_RQ, output.routes)
         table.cached[rows] += 1

@@ -22,15 +22,16 @@ from rorqual.models.decoder import Decoder
 from rorqual.records import Completion, GenerateRequest, KeptTokens, Routes, from_json, to_json
 
 ROW_COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass")
-SLOT_COLUMNS = ("length", "cached", "prompt_length", "last_used")
+SLOT_COLUMNS = ("length", "cached", "prompt_length", "last_used", "family")
 
 
 class SlotTable:
     """Per-slot columns, moved and copied together with the cache rows that they describe.
 
     tokens [S, C]: prompt, then drawn tokens; length: how many are known; cached: how many the cache holds;
-    prompt_length: how many came with the request; last_used: step of the last use, for eviction; prompt_hidden [S,
-    D]: hidden state after the last prompt token; routes [S, C, L*K]; kept: one array of ids for each drawn token.
+    prompt_length: how many came with the request; last_used: step of the last use, for eviction; family: slots of
+    one number hold the same prompt; prompt_hidden [S, D]: hidden state after the last prompt token; routes [S, C,
+    L*K]; kept: one array of ids for each drawn token.
     """
 
     def __init__(self, model: Decoder, num_slots: int, capacity: int, max_capacity: int) -> None:
@@ -44,6 +45,7 @@ class SlotTable:
         self.cached = np.zeros(num_slots, dtype=np.int64)
         self.prompt_length = np.zeros(num_slots, dtype=np.int64)
         self.last_used = np.full(num_slots, -1, dtype=np.int64)
+        self.family = np.arange(num_slots)
         self.requests: list[GenerateRequest | None] = [None] * num_slots
         self.kept: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
         self.prompt_hidden = model.embed_tokens.weight.detach().new_zeros(num_slots, model.config.hidden_size)
@@ -77,12 +79,14 @@ class SlotTable:
         return best_slot, best[0]
 
     def occupy(self, slot: int, request: GenerateRequest, step: int) -> None:
-        """Give `slot` to `request`; what the cache holds of it must be set by the caller."""
+        """Give `slot` to `request`, as the first of a new family; what the cache holds of it must be set by the
+        caller."""
         self.grow(len(request.prompt_ids) + 1)
         prompt = np.frombuffer(request.prompt_ids, dtype=np.int32)
         self.tokens[slot, : len(prompt)] = prompt
         self.length[slot] = self.prompt_length[slot] = len(prompt)
         self.cached[slot] = 0
+        self.family[slot] = self.family.max() + 1
         self.requests[slot] = request
         self.kept[slot] = []
         self.last_used[slot] = step

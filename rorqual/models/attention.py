@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.models.cache import CachedLayout
+from rorqual.models.cache import CachedLayout, SharedPrefix
 from rorqual.models.config import MLAConfig, ModelConfig
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.pointwise import RMSNorm
@@ -57,7 +57,7 @@ class GroupedQueryAttention(nn.Module):
         k_RKW, v_RKW = layout.read(columns[0]), layout.read(columns[1])
         if len(x_ND) == layout.num_rows:
             q_RGJE = q_NHE.unflatten(1, (self.num_kv_heads, -1))
-            return self.o_proj(_attend_once(q_RGJE, k_RKW, v_RKW, layout.bias_RQK, self.scale))
+            return self.o_proj(_attend_once(q_RGJE, k_RKW, v_RKW, layout, self.scale))
         k_RGKE = k_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         v_RGKE = v_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
         q_RHQE = q_NHE.unflatten(0, (layout.num_rows, -1)).transpose(1, 2)
@@ -164,7 +164,7 @@ def _mla(config: ModelConfig) -> MLAConfig:
     return config.mla
 
 
-def _attend_once(q_RGJE: Tensor, k_RKW: Tensor, v_RKW: Tensor, bias_R1K: Tensor | None, scale: float) -> Tensor:
+def _attend_once(q_RGJE: Tensor, k_RKW: Tensor, v_RKW: Tensor, layout: CachedLayout, scale: float) -> Tensor:
     """One query a row and head against cached keys and values, W = G*E wide: [R, H*E].
 
     The J query heads that share keys are taken together, so that the keys are read once. With few key-value heads the
@@ -172,6 +172,7 @@ def _attend_once(q_RGJE: Tensor, k_RKW: Tensor, v_RKW: Tensor, bias_R1K: Tensor 
     than the copies that separate heads would need.
     """
     num_rows, num_kv_heads, _, head_dim = q_RGJE.shape
+    bias_R1K = layout.bias_RQK
     if num_kv_heads > WHOLE_ROW_HEADS or q_RGJE.device.type != "cpu":
         k_RGKE = k_RKW.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
         v_RGKE = v_RKW.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
@@ -180,14 +181,39 @@ def _attend_once(q_RGJE: Tensor, k_RKW: Tensor, v_RKW: Tensor, bias_R1K: Tensor 
         return out_RGJE.reshape(num_rows, -1)
     q_RGJGE = q_RGJE.new_zeros(*q_RGJE.shape[:3], num_kv_heads, head_dim)
     q_RGJGE.diagonal(dim1=1, dim2=3).copy_(q_RGJE.permute(0, 2, 3, 1))
-    q_RHW, k_RWK = q_RGJGE.flatten(3).flatten(1, 2), k_RKW.transpose(1, 2)
-    if bias_R1K is None:
-        scores_RHK = torch.bmm(q_RHW, k_RWK).mul_(scale)
+    q_RHW = q_RGJGE.flatten(3).flatten(1, 2)
+    if layout.shared is not None:
+        out_RHW = _attend_shared(q_RHW, k_RKW, v_RKW, bias_R1K, layout.shared, scale)
     else:
-        scores_RHK = torch.baddbmm(bias_R1K, q_RHW, k_RWK, alpha=scale)
-    out_RHW = torch.bmm(scores_RHK.softmax(dim=-1), v_RKW)
+        out_RHW = torch.bmm(_scores(q_RHW, k_RKW, bias_R1K, scale).softmax(dim=-1), v_RKW)
     out_RJEG = out_RHW.view(num_rows, num_kv_heads, -1, num_kv_heads, head_dim).diagonal(dim1=1, dim2=3)
     return out_RJEG.permute(0, 3, 1, 2).reshape(num_rows, -1)
+
+
+def _scores(q_RHW: Tensor, k_RKW: Tensor, bias_R1K: Tensor | None, scale: float) -> Tensor:
+    if bias_R1K is None:
+        return torch.bmm(q_RHW, k_RKW.transpose(1, 2)).mul_(scale)
+    return torch.baddbmm(bias_R1K, q_RHW, k_RKW.transpose(1, 2), alpha=scale)
+
+
+def _attend_shared(
+    q_RHW: Tensor, k_RKW: Tensor, v_RKW: Tensor, bias_R1K: Tensor | None, shared: SharedPrefix, scale: float
+) -> Tensor:
+    """The keys and values of a shared prefix are read once for all rows that share it; the softmax is over all keys."""
+    num_rows, num_heads, width = q_RHW.shape
+    split = shared.length
+    scores_RHK = q_RHW.new_empty(num_rows, num_heads, k_RKW.shape[1])
+    bias_R1K = None if bias_R1K is None else bias_R1K[..., split:]
+    scores_RHK[..., split:] = _scores(q_RHW, k_RKW[:, split:], bias_R1K, scale)
+    for rows, first in shared.families:
+        scores_XK = (q_RHW[rows].flatten(0, 1) @ k_RKW[first, :split].T).mul_(scale)
+        scores_RHK[rows, :, :split] = scores_XK.view(-1, num_heads, split)
+    weights_RHK = scores_RHK.softmax(dim=-1)
+    out_RHW = torch.bmm(weights_RHK[..., split:], v_RKW[:, split:])
+    for rows, first in shared.families:
+        weights_XK = weights_RHK[rows, :, :split].reshape(-1, split)
+        out_RHW[rows] += (weights_XK @ v_RKW[first, :split]).view(-1, num_heads, width)
+    return out_RHW
 
 
 def attend(

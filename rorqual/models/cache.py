@@ -11,8 +11,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+MIN_SHARED_TOKENS = 32
+"""Prefixes shorter than this are read row by row."""
 
 
 class KVCache:
@@ -49,12 +53,21 @@ class KVCache:
 
 
 @dataclass(frozen=True)
+class SharedPrefix:
+    """Rows whose first `length` tokens are the same, so that one row's keys serve them all. families: rows alike (of
+    those in the call) and the one to read; together they name every row once."""
+
+    length: int
+    families: tuple[tuple[slice | Tensor, int], ...]
+
+
+@dataclass(frozen=True)
 class CachedLayout:
     """Where the new tokens of a call go, and what they see. Build it with `cached_layout`.
 
     slots: the rows' slots, a slice where they are consecutive (then the cache is read in place). write_index_N: flat
     token index in [S*C) of each new token, and positions_N its position, row by row. K covers the longest row.
-    bias_RQK: 0 where a query may look, -inf elsewhere; None where all may look at all.
+    bias_RQK: 0 where a query may look, -inf elsewhere; None where all may look at all. shared: what rows have alike.
     """
 
     slots: slice | Tensor
@@ -63,6 +76,7 @@ class CachedLayout:
     num_rows: int
     num_keys: int
     bias_RQK: Tensor | None
+    shared: SharedPrefix | None = None
 
     def write(self, columns: list[Tensor], new: tuple[Tensor, ...]) -> None:
         """Store the new tokens' columns, each [R*Q, W]."""
@@ -74,7 +88,23 @@ class CachedLayout:
         return column[self.slots, : self.num_keys]
 
 
-def cached_layout(slots: range | list[int], starts_R: Tensor, num_queries: int, cache: KVCache) -> CachedLayout:
+def shared_prefix(family_R: np.ndarray, lengths_R: np.ndarray) -> SharedPrefix | None:
+    """Rows of equal `family_R` hold the same first tokens, `lengths_R` of them. None where reading them together would
+    save little: fewer than two rows a family, or less than MIN_SHARED_TOKENS in common."""
+    length, families = int(lengths_R.min()), np.unique(family_R)
+    if length < MIN_SHARED_TOKENS or len(family_R) < 2 * len(families):
+        return None
+    return SharedPrefix(length, tuple(_rows(np.flatnonzero(family_R == family)) for family in families))
+
+
+def _rows(rows: np.ndarray) -> tuple[slice | Tensor, int]:
+    first, last = int(rows[0]), int(rows[-1])
+    return (slice(first, last + 1) if last + 1 - first == len(rows) else torch.from_numpy(rows)), first
+
+
+def cached_layout(
+    slots: range | list[int], starts_R: Tensor, num_queries: int, cache: KVCache, shared: SharedPrefix | None = None
+) -> CachedLayout:
     """`num_queries` new tokens for each slot, after the `starts_R` tokens (int64, on the cache's device) it holds.
 
     A row may hold fewer real tokens than `num_queries`; what is written past them is seen by nothing and overwritten
@@ -93,4 +123,4 @@ def cached_layout(slots: range | list[int], starts_R: Tensor, num_queries: int, 
     if first < last or num_queries > 1:
         hidden_RQK = torch.arange(num_keys, device=device) > positions_RQ[..., None]
         bias_RQK = torch.zeros(hidden_RQK.shape, dtype=cache.dtype, device=device).masked_fill_(hidden_RQK, -math.inf)
-    return CachedLayout(where, positions_RQ.flatten(), write_index_N, len(starts_R), num_keys, bias_RQK)
+    return CachedLayout(where, positions_RQ.flatten(), write_index_N, len(starts_R), num_keys, bias_RQK, shared)

@@ -9,12 +9,19 @@ import pytest
 import torch
 
 from rorqual.engines.local import EngineConfig, LocalEngine
+from rorqual.models import cache
 from rorqual.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import causal_layout
 from rorqual.records import Completion, GenerateRequest, SamplingParams
 
 VOCABULARY = 50
+
+
+@pytest.fixture(autouse=True)
+def share_short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompts here are short, and slots that share them read them together all the same."""
+    monkeypatch.setattr(cache, "MIN_SHARED_TOKENS", 1)
 
 
 def tiny_model(kind: str = "mla", dtype: torch.dtype = torch.float64) -> Decoder:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from rorqual.models import attention
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from rorqual.models.cache import CachedLayout, cached_layout
+from rorqual.models.cache import CachedLayout, SharedPrefix, cached_layout
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import AttentionBlock, PackedLayout, causal_layout
 from rorqual.models.rope import Rotation
@@ -88,22 +88,31 @@ def test_mla_needs_its_config(tiny_decoder: Callable[..., Decoder]) -> None:
         MultiHeadLatentAttention(tiny_decoder("gqa").config)
 
 
+SIBLINGS = SharedPrefix(2, ((torch.tensor([0, 2]), 0), (slice(1, 2), 1)))
+
+
 @pytest.mark.parametrize("biased", (False, True))
-@pytest.mark.parametrize("whole_row_heads", (0, 8))
-def test_one_query_against_cached_keys(monkeypatch: pytest.MonkeyPatch, whole_row_heads: int, biased: bool) -> None:
-    """Both ways to read the keys, against the definition written out head by head."""
+@pytest.mark.parametrize(("whole_row_heads", "shared"), ((0, None), (8, None), (8, SIBLINGS)))
+def test_one_query_against_cached_keys(
+    monkeypatch: pytest.MonkeyPatch, whole_row_heads: int, shared: SharedPrefix | None, biased: bool
+) -> None:
+    """All ways to read the keys, against the definition written out head by head."""
     monkeypatch.setattr(attention, "WHOLE_ROW_HEADS", whole_row_heads)
     generator = torch.Generator().manual_seed(0)
-    rows, kv_heads, shared, head_dim, keys = 3, 4, 2, 6, 5
-    q_RGJE = torch.randn(rows, kv_heads, shared, head_dim, generator=generator, dtype=torch.float64)
+    rows, kv_heads, sharing, head_dim, keys = 3, 4, 2, 6, 5
+    q_RGJE = torch.randn(rows, kv_heads, sharing, head_dim, generator=generator, dtype=torch.float64)
     k_RKW, v_RKW = torch.randn(2, rows, keys, kv_heads * head_dim, generator=generator, dtype=torch.float64)
+    k_RKW[2, :2], v_RKW[2, :2] = k_RKW[0, :2], v_RKW[0, :2]
     bias_R1K = torch.zeros(rows, 1, keys, dtype=torch.float64)
     bias_R1K[1, 0, 3:] = float("-inf")
-    found = attention._attend_once(q_RGJE, k_RKW, v_RKW, bias_R1K if biased else None, 0.3)
+    position_N = torch.arange(rows)
+    bias = bias_R1K if biased else None
+    layout = CachedLayout(slice(0, rows), position_N, position_N, rows, keys, bias, shared)
+    found = attention._attend_once(q_RGJE, k_RKW, v_RKW, layout, 0.3)
     for row in range(rows):
         seen = 3 if biased and row == 1 else keys
-        for head in range(kv_heads * shared):
-            columns = slice(head // shared * head_dim, (head // shared + 1) * head_dim)
+        for head in range(kv_heads * sharing):
+            columns = slice(head // sharing * head_dim, (head // sharing + 1) * head_dim)
             scores = 0.3 * k_RKW[row, :seen, columns] @ q_RGJE[row].flatten(0, 1)[head]
             expected = scores.softmax(0) @ v_RKW[row, :seen, columns]
             torch.testing.assert_close(found[row, head * head_dim : (head + 1) * head_dim], expected)

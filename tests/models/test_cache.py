@@ -6,11 +6,12 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rorqual.models.cache import KVCache, cached_layout
+from rorqual.models.cache import KVCache, cached_layout, shared_prefix
 from rorqual.models.decoder import Decoder
 
 
@@ -129,3 +130,18 @@ def test_mla_caches_the_latent_alone(tiny_decoder: Callable[..., Decoder]) -> No
         kind: [column.shape[-1] for column in tiny_decoder(kind).new_cache(1, 2).columns[0]] for kind in ("mla", "gqa")
     }
     assert widths == {"mla": [8, 4], "gqa": [20, 20]}
+
+
+def test_rows_of_a_family_share_what_all_rows_have() -> None:
+    found = shared_prefix(np.array([7, 4, 7, 4, 4, 7]), np.array([50, 40, 50, 40, 40, 50]))
+    assert found is not None and found.length == 40
+    (first, first_row), (second, second_row) = found.families
+    assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
+    assert (first.tolist(), first_row, second.tolist(), second_row) == ([1, 3, 4], 1, [0, 2, 5], 0)
+    consecutive = shared_prefix(np.array([1, 1, 2, 2]), np.full(4, 40))
+    assert consecutive is not None and consecutive.families == ((slice(0, 2), 0), (slice(2, 4), 2))
+
+
+@pytest.mark.parametrize(("family", "length"), (([1, 1, 2], 40), ([1, 1, 1], 31)))
+def test_little_in_common_is_read_row_by_row(family: list[int], length: int) -> None:
+    assert shared_prefix(np.array(family), np.full(3, length)) is None
