@@ -1,6 +1,6 @@
 """The protocols by which layers meet: rollouts see an Engine and an Environment, never a model or a data set.
 
-Each protocol has one contract test that every implementation runs.
+`tests/test_contracts.py` holds what every Engine and every Environment must do; a reward has no contract but its type.
 """
 
 from __future__ import annotations

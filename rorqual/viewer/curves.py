@@ -10,6 +10,9 @@ from rorqual.store.run import Metrics
 ORDER = ("reward", "length", "form", "loss", "sampling", "policy")
 """Prefixes that come first; others follow by name."""
 
+OWN_CHART = ("policy/loss/kl",)
+"""Names of three parts whose size is far from that of their neighbours: each is a chart, not a line of one."""
+
 
 def curve_groups(rows: Sequence[Metrics]) -> list[dict[str, Any]]:
     """Charts by prefix; a name without one goes under its stage.
@@ -41,6 +44,8 @@ def curve_groups(rows: Sequence[Metrics]) -> list[dict[str, Any]]:
 
 def _chart_and_line(key: str) -> tuple[str, str]:
     """A key of three parts is a line of the chart that its first two name; that name alone is the line ""."""
+    if key in OWN_CHART:
+        return key, ""
     head, _, leaf = key.rpartition("/")
     return (head, leaf) if head.count("/") >= 1 else (key, "")
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from array import array
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,49 @@ def test_new_metrics_become_charts_and_quantiles_become_lines() -> None:
     assert groups["zebra"][0]["series"][0]["values"] == [3.0, 4.0]
 
 
+def test_the_kl_term_has_a_chart_of_its_own() -> None:
+    rows = [{"stage": "rl", "step": 1, "policy/loss/kl": 1e-6, "policy/loss/surrogate": -1e-3}]
+    ((policy),) = curve_groups(rows)
+    lines = [(chart["key"], chart["series"][0]["line"]) for chart in policy["charts"]]
+    assert lines == [("policy/loss", "surrogate"), ("policy/loss/kl", "")]
+
+
+def script(name: str) -> str:
+    return (files("rorqual.viewer") / "static" / name).read_text(encoding="utf-8")
+
+
+def evaluated(expression: str) -> Any:
+    """The value of an expression over the functions of the page, by Node where it is at hand."""
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no Node on this machine")
+    head = "const data = {curves: []};\n"
+    functions = script("charts.js") + script("rollouts.js")
+    code = f"{head}{functions}console.log(JSON.stringify({expression}))"
+    return json.loads(subprocess.run([node, "-e", code], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([2e-4, 2e-4], [0, 4e-4]), ([0, 0, None], [-0.05, 1]), ([-3], [-6, 0]), ([1, 1.1], None), ([None], None)],
+)
+def test_a_constant_curve_lies_in_the_middle(values: list[float | None], expected: list[float] | None) -> None:
+    assert evaluated(f"constantRange({{series: [{{values: {json.dumps(values)}}}]}})") == expected
+
+
+def test_control_tokens_and_stages_are_named_in_words() -> None:
+    assert evaluated("specialName('<｜end▁of▁sentence｜>')") == "end of sentence"
+    notes = evaluated("notesOn(['base', 'odd', 'control'])")
+    assert notes.startswith("base: what training starts from; control: the same training with its rewards shuffled")
+
+
+def test_every_metric_of_a_finished_run_that_needs_a_title_has_one() -> None:
+    titles = script("charts.js").partition("const TITLES = {")[2].partition("};")[0]
+    assert {f'"{key}"' for key in ("num_tokens", "policy/zero_advantage_sequences", "policy/loss/kl")} <= set(
+        re.findall(r'^  ("[^"]+"):', titles, re.MULTILINE)
+    )
+
+
 def test_a_small_budget_keeps_every_step_before_a_second_group(run_directory: Path) -> None:
     run = Run.read(run_directory)
     sources = collect_rollouts(run, 60_000, TokenTexts(None))
@@ -167,3 +211,4 @@ def test_page_is_drawn_by_a_browser(page: Path) -> None:
     assert answer.stdout.count('class="member') >= 8
     assert answer.stdout.count("js-plotly-plot") >= 12
     assert "+49.5 points" in answer.stdout
+    assert "what training starts from" in answer.stdout

@@ -18,12 +18,29 @@ const TITLES = {
   "policy/drift": "Drift of a sequence, nats a token",
   "policy/mismatch": "Mismatch of engine and trainer",
   "policy/ratio": "Importance ratio, quantiles",
+  "policy/loss": "Surrogate loss, nats a token",
+  "policy/loss/kl": "KL term of the loss, nats a token",
+  "policy/zero_advantage_sequences": "Sequences without advantage",
+  "policy/num_tokens": "Tokens trained on",
+  "num_tokens": "Tokens trained on",
+  "sampling/num_tokens": "Tokens sampled",
+  "gradient_norm": "Gradient norm",
+  "learning_rate": "Learning rate",
+  "seconds": "Seconds a step",
+  "first_update/mismatch": "Mismatch of engine and trainer, first update",
+  "first_update/ratio": "Importance ratio, first update",
   "policy/gradient_norm": "Gradient norm",
   "policy/learning_rate": "Learning rate",
   "loss": "Loss, nats a token",
 };
 const OPEN_GROUPS = ["reward", "length", "form", "sampling", "policy", "loss", "pretrain"];
 const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
+const STAGE_NOTES = {
+  pretrain: "the base is pre-trained from random weights",
+  base: "what training starts from",
+  rl: "trained from the base by reinforcement learning",
+  control: "the same training with its rewards shuffled within the batch, so what it gains does not come from them",
+};
 
 const stages = [...new Set(data.curves.flatMap((g) => g.charts.flatMap((c) => c.series.map((s) => s.stage))))];
 const drawn = new Map();
@@ -56,6 +73,13 @@ function showStageLegend() {
     make("i", { style: { borderTopColor: `var(${colourOf(stage, stages)})` } }), stage,
   ]));
   byId("curve-legend").append(...items);
+  byId("curve-notes").textContent = notesOn(stages);
+}
+
+/** One sentence on what the names of stages or policies mean; names that are not known are left out. */
+function notesOn(names) {
+  const known = names.filter((name) => STAGE_NOTES[name]).map((name) => `${name}: ${STAGE_NOTES[name]}`);
+  return known.length ? `${known.join("; ")}.` : "";
 }
 
 function chartFrame(chart, onSight) {
@@ -70,19 +94,37 @@ function drawChart(plot, again = false) {
   if (drawn.has(plot) && !again) return;
   drawn.set(plot, true);
   const lines = [...new Set(plot.chart.series.map((series) => series.line))];
-  const traces = plot.chart.series.map((series) => ({
-    x: series.steps,
-    y: series.values,
-    name: [stages.length > 1 ? series.stage : "", series.line].filter(Boolean).join(" · ") || series.stage,
-    mode: series.steps.length > 1 ? "lines" : "markers",
-    line: { color: stageColour(series.stage), width: 1.8, dash: DASHES[lines.indexOf(series.line) % DASHES.length] },
-    hovertemplate: "%{y:.4~g}",
-  }));
+  const named = new Set();
+  const traces = plot.chart.series.map((series) => {
+    const first = !named.has(series.line);
+    named.add(series.line);
+    return {
+      x: series.steps,
+      y: series.values,
+      name: series.line || series.stage,
+      legendgroup: series.line,
+      showlegend: first && series.line !== "",
+      mode: series.steps.length > 1 ? "lines" : "markers",
+      line: { color: stageColour(series.stage), width: 1.8, dash: DASHES[lines.indexOf(series.line) % DASHES.length] },
+      hovertemplate: `%{y:.4~g}<extra>${[stages.length > 1 ? series.stage : "", series.line].filter(Boolean).join(" · ")}</extra>`,
+    };
+  });
   Plotly.react(plot, traces, chartLayout(plot.chart, lines.length > 1), { displayModeBar: false, responsive: true });
+}
+
+/** Room around a constant, which has no spread of its own: the scale begins at 0 and the line lies in the middle, or at its foot. */
+function constantRange(chart) {
+  const values = chart.series.flatMap((series) => series.values).filter((value) => value !== null);
+  const low = Math.min(...values), high = Math.max(...values);
+  if (!values.length || high - low > 1e-6 * Math.max(Math.abs(low), Math.abs(high))) return null;
+  if (high === 0) return [-0.05, 1];
+  return high > 0 ? [0, 2 * high] : [2 * low, 0];
 }
 
 function chartLayout(chart, withLegend) {
   const negative = chart.series.some((series) => series.values.some((value) => value < 0));
+  const constant = constantRange(chart);
+  const scale = constant ? { range: constant } : { rangemode: negative ? "normal" : "nonnegative" };
   const axis = { gridcolor: style("--line"), zeroline: false, tickfont: { size: 10.5 }, linecolor: style("--line") };
   return {
     margin: { l: 46, r: 8, t: 10, b: 28 },
@@ -90,7 +132,7 @@ function chartLayout(chart, withLegend) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: style("--sans"), color: style("--muted"), size: 11 },
     xaxis: { ...axis, showgrid: false, nticks: 6 },
-    yaxis: { ...axis, nticks: 5, exponentformat: "power", rangemode: negative ? "normal" : "nonnegative" },
+    yaxis: { ...axis, nticks: 5, exponentformat: "power", ...scale },
     hovermode: "x unified",
     hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink"), size: 11 } },
     showlegend: withLegend,

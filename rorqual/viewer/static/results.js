@@ -7,6 +7,7 @@ function showResults() {
   }
   const protocols = [...new Set(data.results.map((result) => result.protocol.name))];
   for (const protocol of protocols) byId("result-plot").append(resultSet(protocol));
+  byId("result-notes").textContent = notesOn(labelsInOrder());
   if (data.comparisons.length) byId("result-differences").append(differenceList());
   fillResultTable();
 }

@@ -140,13 +140,19 @@ function segmentSpans(segment, credit) {
 function tokenSpan(token) {
   const text = data.tokens[token.id];
   const span = make("span", { class: token.sampled ? "" : "given" });
-  for (const piece of text.split(/(\n)/)) {
+  for (const piece of text.split(/(\n)|(<｜.*?｜>)/).filter(Boolean)) {
     if (piece === "\n") span.append(make("i", { class: "newline" }, "↵"), "\n");
+    else if (piece.startsWith("<｜")) span.append(make("i", { class: "special", title: piece }, specialName(piece)));
     else if (piece) span.append(piece);
   }
   if (token.sampled) span.style.background = tokenColour(token);
   span.token = token;
   return span;
+}
+
+/** A control token by a short word: `<｜end▁of▁sentence｜>` is "end of sentence", which every font can draw. */
+function specialName(text) {
+  return text.slice(2, -2).replaceAll("▁", " ");
 }
 
 function tokenColour(token) {
