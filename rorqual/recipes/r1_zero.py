@@ -117,7 +117,11 @@ def check(config: R1ZeroConfig) -> None:
 
     Raises: ValueError naming what is wrong.
     """
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(config.device).type
+    except RuntimeError as error:
+        raise ValueError(f"device = {config.device!r} is none that torch knows; set cpu or cuda. {error}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError("device = 'cuda', and torch sees no GPU here; set device = cpu, or see `rorqual doctor`.")
     parts = {reward.name for reward in config.rewards}
     metric = config.evaluation.protocol.metric
