@@ -18,6 +18,7 @@ from rorqual.store.provenance import git_state
 MIN_FREE_BYTES = 2_000_000_000
 
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "cpu": ("numba",),
     "hf": ("transformers",),
     "report": ("plotly",),
     "eval": ("scipy",),

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual.engines.sampling import draw
+from rorqual.engines.sampling import Sampler
 from rorqual.engines.slots import SlotTable
-from rorqual.models.cache import cached_layout, shared_prefix
+from rorqual.models.cache import cached_layout
 from rorqual.models.decoder import Decoder
 from rorqual.records import Completion, GenerateRequest, Record, from_json, to_json
 
@@ -49,6 +49,7 @@ class LocalEngine:
         self.undelivered: list[Completion] = []
         self.num_decoding = 0
         self.num_steps = 0
+        self.sampler: tuple[list[GenerateRequest | None], Sampler] = ([], Sampler([]))
 
     # --------------------------------------------------------------------------------------------------- contract
 
@@ -250,7 +251,7 @@ class LocalEngine:
         starts = table.cached[rows].copy()
         table.grow(int(starts.max()) + num_queries)
         positions_RQ = starts[:, None] + np.arange(num_queries)
-        layout = cached_layout(rows.tolist(), self._tensor(starts), num_queries, table.cache)
+        layout = cached_layout(rows.tolist(), starts, num_queries, table.cache)
         output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
         table.record_routes(rows, positions_RQ, output.routes)
         table.cached[rows] += new
@@ -261,8 +262,8 @@ class LocalEngine:
         table, rows = self.table, np.arange(self.num_decoding)
         table.grow(int(table.length[rows].max()) + 1)
         positions_RQ = (table.length[rows] - 1)[:, None]
-        shared = shared_prefix(table.family[rows], table.prompt_length[rows])
-        layout = cached_layout(range(self.num_decoding), self._tensor(positions_RQ[:, 0]), 1, table.cache, shared)
+        shared = table.shared_prompts(self.num_decoding)
+        layout = cached_layout(range(self.num_decoding), positions_RQ[:, 0], 1, table.cache, shared)
         output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
         table.record_routes(rows, positions_RQ, output.routes)
         table.cached[rows] += 1
@@ -270,29 +271,24 @@ class LocalEngine:
 
     def _draw(self, slots: range, hidden_RD: Tensor) -> list[Completion]:
         """Draw the next token of consecutive slots, note everything about it, and retire those that ended."""
-        table, rows = self.table, np.arange(slots.start, slots.stop)
-        requests = [table.requests[slot] for slot in slots]
-        params = [request.params for request in requests if request is not None]
-        place = table.length[rows]
-        draws = draw(self.model.logits(hidden_RD), params, place - table.prompt_length[rows])
+        table, rows = self.table, slice(slots.start, slots.stop)
+        sampler, place = self._sampler(table.requests[rows]), table.length[rows]
+        drawn = place - table.prompt_length[rows]
+        draws = sampler.draw(self.model.logits(hidden_RD), drawn)
         table.grow(int(place.max()) + 1)
-        tokens_R = draws.token_R.cpu().numpy()
-        table.tokens[rows, place] = tokens_R
-        table.logprobs[rows, place] = draws.logprob_R.float().cpu().numpy()
-        table.entropies[rows, place] = draws.entropy_R.float().cpu().numpy()
-        table.kept_mass[rows, place] = draws.kept_mass_R.float().cpu().numpy()
-        table.length[rows] += 1
-        if len(draws.kept_ids_N):
-            ends = np.cumsum(draws.kept_count_R.cpu().numpy())
-            for slot, ids in zip(
-                slots, np.split(draws.kept_ids_N.to(torch.int32).cpu().numpy(), ends[:-1]), strict=True
-            ):
-                table.kept[slot].append(ids)
-        stops = [int(token) in p.stop_token_ids for token, p in zip(tokens_R, params, strict=True)]
-        drawn = table.length[rows] - table.prompt_length[rows]
-        full = (drawn >= [p.max_new_tokens for p in params]) | (table.length[rows] >= self.context_window)
-        ended = [(slot, stop) for slot, stop, end in zip(slots, stops, full, strict=True) if stop or end]
-        return [self._retire(slot, "stop" if stop else "length") for slot, stop in reversed(ended)][::-1]
+        token_R = table.note(slots, draws)
+        stopped = sampler.stops(token_R)
+        ended = stopped | (drawn + 1 >= sampler.max_new_R) | (table.length[rows] >= self.context_window)
+        reasons = {row: "stop" if stopped[row] else "length" for row in np.flatnonzero(ended).tolist()}
+        return [self._retire(slots.start + row, reason) for row, reason in reversed(reasons.items())][::-1]
+
+    def _sampler(self, requests: list[GenerateRequest | None]) -> Sampler:
+        """That of the last draw, where the same requests draw again."""
+        drew, sampler = self.sampler
+        if len(drew) != len(requests) or any(a is not b for a, b in zip(drew, requests, strict=True)):
+            sampler = Sampler([request.params for request in requests if request is not None])
+            self.sampler = (requests, sampler)
+        return sampler
 
     def _retire(self, slot: int, finish_reason: str) -> Completion:
         """Hand out the completion of a decoding slot and leave its tokens behind for reuse. Called from the last slot

@@ -13,13 +13,15 @@ Shapes: R rows, V vocabulary, W candidates of a row (the most probable ones), N 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rorqual.ops.compiled import array, serves
+from rorqual.ops.draw_numba import draw_whole
 from rorqual.records import SamplingParams
 
 FIRST_CANDIDATES = 64
@@ -27,6 +29,9 @@ FIRST_CANDIDATES = 64
 
 CHUNK = 256
 """Vocabulary chunk of the two-level search for a draw from a whole distribution."""
+
+
+Kind = Callable[[Tensor, Sequence[SamplingParams], Tensor], "Draws"]
 
 
 @dataclass(frozen=True)
@@ -54,25 +59,40 @@ def uniforms(seed_R: np.ndarray, counter_R: np.ndarray) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def draw(logits_RV: Tensor, params: Sequence[SamplingParams], counter_R: np.ndarray) -> Draws:
-    """Draw one token a row. `counter_R`: tokens that each request has drawn so far. Logits may be overwritten.
+class Sampler:
+    """Draws for a batch of requests. What their parameters say is worked out once, while the same ones draw."""
 
-    Raises: ValueError naming the rows whose logits hold NaN.
-    """
-    logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
-    seed_R = np.fromiter((p.seed & 0xFFFFFFFFFFFFFFFF for p in params), dtype=np.uint64, count=len(params))
-    uniform_R = torch.from_numpy(uniforms(seed_R, counter_R)).to(logits_RV.device)
-    groups: dict[tuple[bool, bool], list[int]] = {}
-    for row, p in enumerate(params):
-        groups.setdefault((p.temperature == 0.0, p.truncates), []).append(row)
-    parts = []
-    for (greedy, truncates), rows in groups.items():
-        whole = len(rows) == len(params)
-        index = slice(None) if whole else torch.tensor(rows, device=logits_RV.device)
-        chosen = params if whole else [params[row] for row in rows]
-        kind = _draw_greedy if greedy else _draw_truncated if truncates else _draw_whole
-        parts.append((rows, kind(logits_RV[index], chosen, uniform_R[index])))
-    return parts[0][1] if len(parts) == 1 else _merge(parts, len(params))
+    def __init__(self, params: Sequence[SamplingParams]) -> None:
+        self.params = params
+        self.seed_R = np.fromiter((p.seed & 0xFFFFFFFFFFFFFFFF for p in params), dtype=np.uint64, count=len(params))
+        self.max_new_R = np.array([p.max_new_tokens for p in params])
+        most = max((len(p.stop_token_ids) for p in params), default=0)
+        self.stop_RS = np.array([[*p.stop_token_ids] + [-1] * (most - len(p.stop_token_ids)) for p in params])
+        groups: dict[Kind, list[int]] = {}
+        for row, p in enumerate(params):
+            kind = _draw_greedy if p.temperature == 0.0 else _draw_truncated if p.truncates else _draw_whole
+            groups.setdefault(kind, []).append(row)
+        self.groups = [(kind, rows, [params[row] for row in rows]) for kind, rows in groups.items()]
+
+    def draw(self, logits_RV: Tensor, counter_R: np.ndarray) -> Draws:
+        """Draw one token a row. `counter_R`: tokens that each request has drawn so far. Logits may be overwritten.
+
+        Raises: ValueError naming the rows whose logits hold NaN.
+        """
+        logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
+        uniform_R = torch.from_numpy(uniforms(self.seed_R, counter_R)).to(logits_RV.device)
+        if len(self.groups) == 1:
+            return self.groups[0][0](logits_RV, self.params, uniform_R)
+        parts = []
+        for kind, rows, params in self.groups:
+            index = torch.tensor(rows, device=logits_RV.device)
+            parts.append((rows, kind(logits_RV[index], params, uniform_R[index])))
+        return _merge(parts, len(self.params))
+
+    def stops(self, token_R: np.ndarray) -> np.ndarray:
+        """Whether each row drew one of its stop tokens."""
+        result: np.ndarray = (self.stop_RS == token_R[:, None]).any(axis=1)
+        return result
 
 
 def _draw_greedy(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
@@ -89,6 +109,8 @@ def _draw_whole(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: 
     """Few passes over [R, V], and one more tensor of its size: shift by the maximum, exponentiate, sum by chunks;
     nothing is normalised but what is asked. Logits are held in base 2, because exp2 is several times faster than exp.
     """
+    if serves(logits_RV):
+        return _draw_whole_in_one_pass(logits_RV, params, uniform_R)
     shifted_RV = logits_RV.sub_(logits_RV.amax(dim=-1, keepdim=True))
     _refuse_nan(shifted_RV[:, :1])
     shifted_RV.mul_(_base_2_scale(logits_RV, params))
@@ -100,6 +122,18 @@ def _draw_whole(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: 
     count_R = torch.zeros_like(token_R)
     logprob_R, entropy_R = logprob_R.to(logits_RV.dtype), entropy_R.to(logits_RV.dtype)
     return Draws(token_R, logprob_R, entropy_R, torch.ones_like(logprob_R), token_R[:0], count_R)
+
+
+def _draw_whole_in_one_pass(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
+    """The same by a compiled loop."""
+    num_rows = len(logits_RV)
+    scale_R = np.fromiter((1.0 / p.temperature for p in params), dtype=np.float32, count=num_rows)
+    token_R = torch.empty(num_rows, dtype=torch.int64)
+    logprob_R, entropy_R = logits_RV.new_empty(2, num_rows)
+    given = (array(logits_RV), array(logits_RV.amax(dim=-1)), scale_R, array(uniform_R))
+    draw_whole(*given, token_R.numpy(), logprob_R.numpy(), entropy_R.numpy())
+    _refuse_nan(logprob_R[:, None])
+    return Draws(token_R, logprob_R, entropy_R, torch.ones_like(logprob_R), token_R[:0], torch.zeros_like(token_R))
 
 
 def _draw_truncated(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
@@ -227,11 +261,11 @@ def _merge(parts: list[tuple[list[int], Draws]], num_rows: int) -> Draws:
     )
 
 
-def _refuse_nan(values: Tensor) -> None:
-    bad_R = values.isnan().flatten(1).any(dim=1)
-    if bool(bad_R.any()):
-        bad = bad_R.nonzero().flatten().tolist()
+def _refuse_nan(values_R1: Tensor) -> None:
+    bad_R1 = values_R1.isnan()
+    if bool(bad_R1.any()):
+        bad = bad_R1.nonzero()[:, 0].tolist()
         raise ValueError(
-            f"The model's logits are NaN in {len(bad)} of {len(values)} rows (first: row {bad[0]}). The weights are "
+            f"The model's logits are NaN in {len(bad)} of {len(values_R1)} rows (first: row {bad[0]}). The weights are "
             "damaged or diverged: go back to an earlier checkpoint, or lower the learning rate."
         )

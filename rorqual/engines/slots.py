@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rorqual.engines.sampling import Draws
 from rorqual.models.cache import KVCache
 from rorqual.models.decoder import Decoder
 from rorqual.records import Completion, GenerateRequest, KeptTokens, Routes, from_json, to_json
@@ -77,6 +78,12 @@ class SlotTable:
             if (shared, alike) > best:
                 best_slot, best = slot, (shared, alike)
         return best_slot, best[0]
+
+    def shared_prompts(self, num_rows: int) -> tuple[list[int], np.ndarray]:
+        """For each of the first slots: the first of its family, and how many tokens of its prompt they share."""
+        leaders: dict[int, int] = {}
+        rows = [leaders.setdefault(family, row) for row, family in enumerate(self.family[:num_rows].tolist())]
+        return rows, self.prompt_length[:num_rows]
 
     def occupy(self, slot: int, request: GenerateRequest, step: int) -> None:
         """Give `slot` to `request`, as the first of a new family; what the cache holds of it must be set by the
@@ -143,6 +150,22 @@ class SlotTable:
         if routes is not None:
             values = routes.flatten(1).to(torch.int16).cpu().numpy()
             self.routes[slots[:, None], positions_RQ] = values.reshape(*positions_RQ.shape, -1)
+
+    def note(self, slots: range, draws: Draws) -> np.ndarray:
+        """Append a drawn token, and all that is known of it, to each of consecutive slots; returns the tokens."""
+        rows, place = np.arange(slots.start, slots.stop), self.length[slots.start : slots.stop]
+        token_R: np.ndarray = draws.token_R.cpu().numpy()
+        self.tokens[rows, place] = token_R
+        self.logprobs[rows, place] = draws.logprob_R.float().cpu().numpy()
+        self.entropies[rows, place] = draws.entropy_R.float().cpu().numpy()
+        self.kept_mass[rows, place] = draws.kept_mass_R.float().cpu().numpy()
+        self.length[slots.start : slots.stop] += 1
+        if len(draws.kept_ids_N):
+            ends = np.cumsum(draws.kept_count_R.cpu().numpy())
+            ids_N = draws.kept_ids_N.to(torch.int32).cpu().numpy()
+            for slot, ids in zip(slots, np.split(ids_N, ends[:-1]), strict=True):
+                self.kept[slot].append(ids)
+        return token_R
 
     def completion(self, slot: int, finish_reason: str, weight_version: int) -> Completion:
         """What `slot` drew, as a record."""

@@ -7,7 +7,8 @@ heads read one latent a token (multi-query attention over kv_lora_rank + rope di
 2405.04434, section 2.1).
 
 Shapes: T packed tokens, R rows, Q queries a row, N = R*Q, K keys a row, D hidden, H heads, G key-value heads, J = H/G,
-E head dimension, N (after H) no-position dimension, P rotary dimension, V value dimension, L latent rank.
+E head dimension, N (after H) no-position dimension, P rotary dimension, V value dimension, L latent rank, S slots, C
+capacity of a slot.
 """
 
 from __future__ import annotations
@@ -16,16 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rorqual.models.cache import CachedLayout, SharedPrefix
+from rorqual.models.cache import CachedLayout
 from rorqual.models.config import MLAConfig, ModelConfig
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.pointwise import RMSNorm
 from rorqual.models.rope import Rotation, softmax_scale
+from rorqual.ops import attention_numba as kernels
+from rorqual.ops.compiled import array, serves
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
-
-WHOLE_ROW_HEADS = 4
-"""On a CPU, decoding reads the keys of up to so many key-value heads as one row."""
 
 
 class GroupedQueryAttention(nn.Module):
@@ -52,14 +52,12 @@ class GroupedQueryAttention(nn.Module):
         return self.o_proj(attend_packed(q_THE, k_TGE, v_TGE, layout, self.scale))
 
     def forward_cached(self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
+        k_SCGE, v_SCGE = (column.unflatten(-1, (self.num_kv_heads, -1)) for column in columns)
         q_NHE, k_NGE, v_NGE = self._project(x_ND, rotation)
         layout.write(columns, (k_NGE.flatten(1), v_NGE.flatten(1)))
-        k_RKW, v_RKW = layout.read(columns[0]), layout.read(columns[1])
-        if len(x_ND) == layout.num_rows:
-            q_RGJE = q_NHE.unflatten(1, (self.num_kv_heads, -1))
-            return self.o_proj(_attend_once(q_RGJE, k_RKW, v_RKW, layout, self.scale))
-        k_RGKE = k_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
-        v_RGKE = v_RKW.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2)
+        if layout.one_query:
+            return self.o_proj(attend_once(q_NHE, k_SCGE, v_SCGE, self.head_dim, layout, self.scale).flatten(1))
+        k_RGKE, v_RGKE = layout.read(k_SCGE).transpose(1, 2), layout.read(v_SCGE).transpose(1, 2)
         q_RHQE = q_NHE.unflatten(0, (layout.num_rows, -1)).transpose(1, 2)
         out_RHQE = attend(q_RHQE, k_RGKE, v_RGKE, layout.bias_RQK, self.scale)
         return self.o_proj(out_RHQE.transpose(1, 2).reshape(len(x_ND), -1))
@@ -97,7 +95,7 @@ class MultiHeadLatentAttention(nn.Module):
     @staticmethod
     def cache_widths(config: ModelConfig) -> tuple[int, ...]:
         mla = _mla(config)
-        return (mla.kv_lora_rank, mla.qk_rope_head_dim)
+        return (mla.kv_lora_rank + mla.qk_rope_head_dim,)
 
     def forward(self, x_TD: Tensor, rotation: Rotation, layout: PackedLayout) -> Tensor:
         q_nope_THN, q_rope_THP, latent_TL, k_rope_TP = self._project(x_TD, rotation)
@@ -107,10 +105,10 @@ class MultiHeadLatentAttention(nn.Module):
 
     def forward_cached(self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
         q_nope, q_rope, latent, k_rope = self._project(x_ND, rotation)
-        layout.write(columns, (latent, k_rope))
-        latent_RKL, k_rope_RKP = layout.read(columns[0]), layout.read(columns[1])
-        if len(x_ND) == layout.num_rows:
-            return self._decode_absorbed(q_nope, q_rope, latent_RKL, k_rope_RKP, layout.bias_RQK)
+        layout.write(columns, (torch.cat((latent, k_rope), dim=-1),))
+        if layout.one_query:
+            return self._decode_absorbed(q_nope, q_rope, columns[0].unsqueeze(2), layout)
+        latent_RKL, k_rope_RKP = layout.read(columns[0]).split((self.latent_dim, self.rope_dim), dim=-1)
         k_RKHE, v_RKHV = self._expand(latent_RKL, k_rope_RKP)
         q_RHQE = torch.cat((q_nope, q_rope), dim=-1).unflatten(0, (layout.num_rows, -1)).transpose(1, 2)
         out_RHQV = attend(q_RHQE, k_RKHE.transpose(1, 2), v_RKHV.transpose(1, 2), layout.bias_RQK, self.scale)
@@ -132,16 +130,14 @@ class MultiHeadLatentAttention(nn.Module):
         return torch.cat((k_nope, k_rope), dim=-1), v
 
     def _decode_absorbed(
-        self, q_nope_RHN: Tensor, q_rope_RHP: Tensor, latent_RKL: Tensor, k_rope_RKP: Tensor, bias_R1K: Tensor | None
+        self, q_nope_RHN: Tensor, q_rope_RHP: Tensor, cached_SC1E: Tensor, layout: CachedLayout
     ) -> Tensor:
         """One query a row against the latents themselves; the softmax scale stays that of N + P dimensions."""
         up_HXL = self.kv_b_proj.weight.view(self.num_heads, self.nope_dim + self.value_dim, self.latent_dim)
         key_up_HNL, value_up_HVL = up_HXL.split((self.nope_dim, self.value_dim), dim=1)
         q_latent_RHL = torch.bmm(q_nope_RHN.transpose(0, 1), key_up_HNL).transpose(0, 1)
-        scores_RHK = torch.bmm(q_latent_RHL, latent_RKL.transpose(1, 2))
-        scores_RHK = torch.baddbmm(scores_RHK, q_rope_RHP, k_rope_RKP.transpose(1, 2)).mul_(self.scale)
-        scores_RHK = scores_RHK if bias_R1K is None else scores_RHK.add_(bias_R1K)
-        out_RHL = torch.bmm(scores_RHK.softmax(dim=-1), latent_RKL)
+        q_RHE = torch.cat((q_latent_RHL, q_rope_RHP), dim=-1)
+        out_RHL = attend_once(q_RHE, cached_SC1E, cached_SC1E, self.latent_dim, layout, self.scale)
         out_RHV = torch.bmm(out_RHL.transpose(0, 1), value_up_HVL.transpose(1, 2)).transpose(0, 1)
         return self.o_proj(out_RHV.reshape(len(out_RHV), -1))
 
@@ -164,56 +160,24 @@ def _mla(config: ModelConfig) -> MLAConfig:
     return config.mla
 
 
-def _attend_once(q_RGJE: Tensor, k_RKW: Tensor, v_RKW: Tensor, layout: CachedLayout, scale: float) -> Tensor:
-    """One query a row and head against cached keys and values, W = G*E wide: [R, H*E].
-
-    The J query heads that share keys are taken together, so that the keys are read once. With few key-value heads the
-    keys are read as they lie, against queries that are 0 outside their own head: G times the products, which cost less
-    than the copies that separate heads would need.
-    """
-    num_rows, num_kv_heads, _, head_dim = q_RGJE.shape
-    bias_R1K = layout.bias_RQK
-    if num_kv_heads > WHOLE_ROW_HEADS or q_RGJE.device.type != "cpu":
-        k_RGKE = k_RKW.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
-        v_RGKE = v_RKW.unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
-        bias_R11K = None if bias_R1K is None else bias_R1K[:, None]
-        out_RGJE = F.scaled_dot_product_attention(q_RGJE, k_RGKE, v_RGKE, attn_mask=bias_R11K, scale=scale)
-        return out_RGJE.reshape(num_rows, -1)
-    q_RGJGE = q_RGJE.new_zeros(*q_RGJE.shape[:3], num_kv_heads, head_dim)
-    q_RGJGE.diagonal(dim1=1, dim2=3).copy_(q_RGJE.permute(0, 2, 3, 1))
-    q_RHW = q_RGJGE.flatten(3).flatten(1, 2)
-    if layout.shared is not None:
-        out_RHW = _attend_shared(q_RHW, k_RKW, v_RKW, bias_R1K, layout.shared, scale)
-    else:
-        out_RHW = torch.bmm(_scores(q_RHW, k_RKW, bias_R1K, scale).softmax(dim=-1), v_RKW)
-    out_RJEG = out_RHW.view(num_rows, num_kv_heads, -1, num_kv_heads, head_dim).diagonal(dim1=1, dim2=3)
-    return out_RJEG.permute(0, 3, 1, 2).reshape(num_rows, -1)
-
-
-def _scores(q_RHW: Tensor, k_RKW: Tensor, bias_R1K: Tensor | None, scale: float) -> Tensor:
-    if bias_R1K is None:
-        return torch.bmm(q_RHW, k_RKW.transpose(1, 2)).mul_(scale)
-    return torch.baddbmm(bias_R1K, q_RHW, k_RKW.transpose(1, 2), alpha=scale)
-
-
-def _attend_shared(
-    q_RHW: Tensor, k_RKW: Tensor, v_RKW: Tensor, bias_R1K: Tensor | None, shared: SharedPrefix, scale: float
+def attend_once(
+    q_RHE: Tensor, k_SCGE: Tensor, v_SCGV: Tensor, value_dim: int, layout: CachedLayout, scale: float
 ) -> Tensor:
-    """The keys and values of a shared prefix are read once for all rows that share it; the softmax is over all keys."""
-    num_rows, num_heads, width = q_RHW.shape
-    split = shared.length
-    scores_RHK = q_RHW.new_empty(num_rows, num_heads, k_RKW.shape[1])
-    bias_R1K = None if bias_R1K is None else bias_R1K[..., split:]
-    scores_RHK[..., split:] = _scores(q_RHW, k_RKW[:, split:], bias_R1K, scale)
-    for rows, first in shared.families:
-        scores_XK = (q_RHW[rows].flatten(0, 1) @ k_RKW[first, :split].T).mul_(scale)
-        scores_RHK[rows, :, :split] = scores_XK.view(-1, num_heads, split)
-    weights_RHK = scores_RHK.softmax(dim=-1)
-    out_RHW = torch.bmm(weights_RHK[..., split:], v_RKW[:, split:])
-    for rows, first in shared.families:
-        weights_XK = weights_RHK[rows, :, :split].reshape(-1, split)
-        out_RHW[rows] += (weights_XK @ v_RKW[first, :split]).view(-1, num_heads, width)
-    return out_RHW
+    """One query a row and head against the cached keys and values of all slots: [R, H, value_dim].
+
+    The J query heads that share keys are taken together, so that the keys are read once. Of a cached value the first
+    `value_dim` numbers count.
+    """
+    if layout.reads is not None and serves(q_RHE):
+        out_RHV = q_RHE.new_empty(*q_RHE.shape[:2], value_dim)
+        arrays = (array(q_RHE), array(k_SCGE), array(v_SCGV))
+        kernels.attend_once(*arrays, layout.reads, scale, out_RHV.numpy())
+        return out_RHV
+    k_RGKE, v_RGKV = layout.read(k_SCGE).transpose(1, 2), layout.read(v_SCGV)[..., :value_dim].transpose(1, 2)
+    bias_RQK = layout.bias_RQK
+    bias_R11K = None if bias_RQK is None else bias_RQK[:, None]
+    q_RGJE = q_RHE.unflatten(1, (k_RGKE.shape[1], -1))
+    return F.scaled_dot_product_attention(q_RGJE, k_RGKE, v_RGKV, attn_mask=bias_R11K, scale=scale).flatten(1, 2)
 
 
 def attend(

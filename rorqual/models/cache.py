@@ -9,21 +9,22 @@ Shapes: S slots, C capacity in tokens, R rows in a call, Q queries a row, K keys
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-MIN_SHARED_TOKENS = 128
-"""Shorter prefixes are read row by row: to sort the rows by prompt would cost more than it saves."""
+from rorqual.ops.attention_numba import RowReads
 
 
 class KVCache:
     """`columns[layer][i]` is [S, C, W_i]. Which tokens of a slot are valid is the caller's to know."""
 
     def __init__(self, num_layers: int, widths: tuple[int, ...], num_slots: int, capacity: int, like: Tensor) -> None:
-        self.num_slots, self.capacity, self.dtype = num_slots, capacity, like.dtype
+        self.num_slots, self.capacity, self.dtype, self.device = num_slots, capacity, like.dtype, like.device
         self.columns = [
             [torch.zeros(num_slots, capacity, width, dtype=like.dtype, device=like.device) for width in widths]
             for _ in range(num_layers)
@@ -53,30 +54,39 @@ class KVCache:
 
 
 @dataclass(frozen=True)
-class SharedPrefix:
-    """Rows whose first `length` tokens are the same, so that one row's keys serve them all. families: rows alike (of
-    those in the call) and the one to read; together they name every row once."""
-
-    length: int
-    families: tuple[tuple[slice | Tensor, int], ...]
-
-
-@dataclass(frozen=True)
 class CachedLayout:
     """Where the new tokens of a call go, and what they see. Build it with `cached_layout`.
 
-    slots: the rows' slots, a slice where they are consecutive (then the cache is read in place). write_index_N: flat
-    token index in [S*C) of each new token, and positions_N its position, row by row. K covers the longest row.
-    bias_RQK: 0 where a query may look, -inf elsewhere; None where all may look at all. shared: what rows have alike.
+    slots: the rows' slots, a slice where they are consecutive (then the cache is read in place). positions_RQ: the new
+    tokens' positions, and write_index_N their place in [S*C), row by row. K = `num_keys` covers the longest row.
+    masked: whether some query may not look at all K. reads: what each row reads, where it brings one query.
     """
 
     slots: slice | Tensor
-    positions_N: Tensor
+    positions_RQ: Tensor
     write_index_N: Tensor
-    num_rows: int
     num_keys: int
-    bias_RQK: Tensor | None
-    shared: SharedPrefix | None = None
+    masked: bool
+    dtype: torch.dtype
+    reads: RowReads | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.positions_RQ)
+
+    @property
+    def one_query(self) -> bool:
+        """Whether each row brings one new token."""
+        return self.positions_RQ.shape[1] == 1
+
+    @cached_property
+    def bias_RQK(self) -> Tensor | None:
+        """0 where a query may look, -inf elsewhere; None where all may look at all."""
+        if not self.masked:
+            return None
+        hidden_RQK = torch.arange(self.num_keys, device=self.positions_RQ.device) > self.positions_RQ[..., None]
+        bias_RQK = torch.zeros(hidden_RQK.shape, dtype=self.dtype, device=hidden_RQK.device)
+        return bias_RQK.masked_fill_(hidden_RQK, -math.inf)
 
     def write(self, columns: list[Tensor], new: tuple[Tensor, ...]) -> None:
         """Store the new tokens' columns, each [R*Q, W]."""
@@ -88,39 +98,39 @@ class CachedLayout:
         return column[self.slots, : self.num_keys]
 
 
-def shared_prefix(family_R: np.ndarray, lengths_R: np.ndarray) -> SharedPrefix | None:
-    """Rows of equal `family_R` hold the same first tokens, `lengths_R` of them. None where reading them together would
-    save little: fewer than two rows a family, or less than MIN_SHARED_TOKENS in common."""
-    length, families = int(lengths_R.min()), np.unique(family_R)
-    if length < MIN_SHARED_TOKENS or len(family_R) < 2 * len(families):
-        return None
-    return SharedPrefix(length, tuple(_rows(np.flatnonzero(family_R == family)) for family in families))
-
-
-def _rows(rows: np.ndarray) -> tuple[slice | Tensor, int]:
-    first, last = int(rows[0]), int(rows[-1])
-    return (slice(first, last + 1) if last + 1 - first == len(rows) else torch.from_numpy(rows)), first
-
-
 def cached_layout(
-    slots: range | list[int], starts_R: Tensor, num_queries: int, cache: KVCache, shared: SharedPrefix | None = None
+    slots: range | list[int],
+    starts: np.ndarray | Sequence[int],
+    num_queries: int,
+    cache: KVCache,
+    shared: tuple[list[int], np.ndarray] | None = None,
 ) -> CachedLayout:
-    """`num_queries` new tokens for each slot, after the `starts_R` tokens (int64, on the cache's device) it holds.
+    """`num_queries` new tokens for each slot, after the `starts` tokens it holds.
 
     A row may hold fewer real tokens than `num_queries`; what is written past them is seen by nothing and overwritten
-    by the tokens that follow. Raises: ValueError when a row would pass the capacity.
+    by the tokens that follow. shared: for each row, a row of this call that begins alike (or itself), and with how many
+    tokens. Raises: ValueError when a row would pass the capacity.
     """
-    first, last = (int(edge) for edge in starts_R.aminmax())
-    num_keys = last + num_queries
+    slots_R, starts_R = np.array(slots, dtype=np.int64), np.asarray(starts, dtype=np.int64)
+    num_keys = int(starts_R.max()) + num_queries
     if num_keys > cache.capacity:
         raise ValueError(f"The cache holds {cache.capacity} tokens a slot, and this call needs {num_keys}.")
-    device = starts_R.device
-    positions_RQ = starts_R[:, None] + torch.arange(num_queries, device=device)
-    slots_R = torch.tensor(list(slots), device=device)
-    where = slice(slots.start, slots.stop) if isinstance(slots, range) else slots_R
-    write_index_N = (slots_R[:, None] * cache.capacity + positions_RQ).flatten()
-    bias_RQK = None
-    if first < last or num_queries > 1:
-        hidden_RQK = torch.arange(num_keys, device=device) > positions_RQ[..., None]
-        bias_RQK = torch.zeros(hidden_RQK.shape, dtype=cache.dtype, device=device).masked_fill_(hidden_RQK, -math.inf)
-    return CachedLayout(where, positions_RQ.flatten(), write_index_N, len(starts_R), num_keys, bias_RQK, shared)
+    device = cache.device
+    positions_RQ = starts_R[:, None] + np.arange(num_queries)
+    write_index_N = (slots_R[:, None] * cache.capacity + positions_RQ).reshape(-1)
+    return CachedLayout(
+        slots=slice(slots.start, slots.stop) if isinstance(slots, range) else torch.from_numpy(slots_R).to(device),
+        positions_RQ=torch.from_numpy(positions_RQ).to(device),
+        write_index_N=torch.from_numpy(write_index_N).to(device),
+        num_keys=num_keys,
+        masked=num_queries > 1 or int(starts_R.min()) < num_keys - 1,
+        dtype=cache.dtype,
+        reads=_row_reads(slots_R, starts_R, shared) if num_queries == 1 else None,
+    )
+
+
+def _row_reads(slots_R: np.ndarray, starts_R: np.ndarray, shared: tuple[list[int], np.ndarray] | None) -> RowReads:
+    if shared is None:
+        return RowReads(slots_R, starts_R + 1, slots_R, np.zeros_like(starts_R))
+    rows, lengths_R = shared
+    return RowReads(slots_R, starts_R + 1, slots_R[rows], lengths_R)

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rorqual.models.attention import attention_class
+from rorqual.models.attention import GroupedQueryAttention, attention_class
 from rorqual.models.cache import CachedLayout, KVCache
 from rorqual.models.config import ModelConfig
+from rorqual.models.fused import FusedBlock, decode_fused
 from rorqual.models.layout import PackedLayout
 from rorqual.models.moe import MLP, Experts, MixtureOfExperts, Router
 from rorqual.models.pointwise import RMSNorm
@@ -48,6 +49,9 @@ class Block(nn.Module):
             self.mlp = MixtureOfExperts(config.moe, config.hidden_size)
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.fused: FusedBlock | None = None
+        if isinstance(self.self_attn, GroupedQueryAttention) and isinstance(self.mlp, MLP):
+            self.fused = FusedBlock(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
 
     def forward(
         self, x_TD: Tensor, rotation: Rotation, layout: PackedLayout, forced_TK: Tensor | None
@@ -134,10 +138,14 @@ class Decoder(nn.Module):
     def forward_cached(self, token_ids_RQ: Tensor, cache: KVCache, layout: CachedLayout) -> DecoderOutput:
         """Hidden states [R, Q, D] of new tokens, which are written to the cache; routes are [R*Q, L, K]."""
         x_ND = self.embed_tokens(token_ids_RQ.flatten())
-        rotation = self.rope(layout.positions_N, x_ND.dtype)
+        rotation = self.rope(layout.positions_RQ.flatten(), x_ND.dtype)
+        blocks = [cast(Block, block) for block in self.layers]
+        fused_RD = decode_fused([block.fused for block in blocks], x_ND, rotation, cache, layout)
+        if fused_RD is not None:
+            return DecoderOutput(self.norm(fused_RD).unsqueeze(1), None)
         chosen: list[Tensor] = []
-        for block, columns in zip(self.layers, cache.columns, strict=True):
-            x_ND, experts = cast(Block, block).forward_cached(x_ND, rotation, columns, layout)
+        for block, columns in zip(blocks, cache.columns, strict=True):
+            x_ND, experts = block.forward_cached(x_ND, rotation, columns, layout)
             if experts is not None:
                 chosen.append(experts)
         hidden_RQD = self.norm(x_ND).view(*token_ids_RQ.shape, -1)

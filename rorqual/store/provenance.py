@@ -16,6 +16,7 @@ PACKAGES = (
     "triton",
     "numpy",
     "msgspec",
+    "numba",
     "safetensors",
     "tokenizers",
     "transformers",

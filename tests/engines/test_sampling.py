@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rorqual.engines.sampling import Draws, draw, uniforms
+from rorqual.engines.sampling import Draws, Sampler, uniforms
 from rorqual.records import SamplingParams
 
 
@@ -50,7 +50,7 @@ def test_truncation_keeps_what_its_definition_keeps(
 ) -> None:
     params = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed)
     logits_RV = torch.randn(3, vocabulary, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
-    draws = draw(logits_RV.clone(), [params] * 3, np.arange(3))
+    draws = Sampler([params] * 3).draw(logits_RV.clone(), np.arange(3))
     whole = [list(range(vocabulary))] * 3
     kept = [reference_support(row, params) for row in logits_RV]
     assert supports(draws) == (kept if params.truncates else [[], [], []])
@@ -72,7 +72,7 @@ def test_truncation_keeps_what_its_definition_keeps(
 def test_frequencies_are_those_of_the_distribution(vocabulary: int, params: SamplingParams) -> None:
     num_draws = 40_000
     logits_V = torch.randn(vocabulary, generator=torch.Generator().manual_seed(vocabulary)) * 2
-    draws = draw(logits_V.expand(num_draws, -1).clone(), [params] * num_draws, np.arange(num_draws))
+    draws = Sampler([params] * num_draws).draw(logits_V.expand(num_draws, -1).clone(), np.arange(num_draws))
     expected_V = torch.zeros(vocabulary, dtype=torch.float64)
     support = reference_support(logits_V, params)
     probs_V = (logits_V.double() / params.temperature).softmax(-1)
@@ -89,9 +89,9 @@ def test_a_draw_depends_on_seed_and_counter_alone() -> None:
         for row in range(40)
     ]
     counters = np.arange(40) * 3
-    together = draw(logits_RV.clone(), params, counters)
+    together = Sampler(params).draw(logits_RV.clone(), counters)
     for row in range(40):
-        alone = draw(logits_RV[row : row + 1].clone(), [params[row]], counters[row : row + 1])
+        alone = Sampler([params[row]]).draw(logits_RV[row : row + 1].clone(), counters[row : row + 1])
         assert int(alone.token_R[0]) == int(together.token_R[row])
         assert supports(alone)[0] == supports(together)[row]
         assert float(alone.logprob_R[0]) == pytest.approx(float(together.logprob_R[row]), abs=1e-6)
@@ -99,7 +99,7 @@ def test_a_draw_depends_on_seed_and_counter_alone() -> None:
 
 def test_greedy_takes_the_best_token_with_certainty() -> None:
     logits_RV = torch.tensor([[0.0, 3.0, 1.0], [2.0, 0.0, 0.0]])
-    draws = draw(logits_RV.clone(), [SamplingParams(temperature=0.0)] * 2, np.zeros(2))
+    draws = Sampler([SamplingParams(temperature=0.0)] * 2).draw(logits_RV.clone(), np.zeros(2))
     assert draws.token_R.tolist() == [1, 0]
     assert draws.logprob_R.tolist() == [0.0, 0.0]
     assert draws.kept_mass_R.tolist() == pytest.approx(logits_RV.softmax(-1).max(-1).values.tolist())
@@ -122,7 +122,7 @@ def test_nan_logits_are_refused(params: SamplingParams) -> None:
     logits_RV = torch.zeros(3, 10)
     logits_RV[1, 4] = float("nan")
     with pytest.raises(ValueError, match=r"NaN in 1 of 3 rows.*row 1"):
-        draw(logits_RV, [params] * 3, np.zeros(3))
+        Sampler([params] * 3).draw(logits_RV, np.zeros(3))
 
 
 @pytest.mark.parametrize(

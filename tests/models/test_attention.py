@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from rorqual.models import attention
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from rorqual.models.cache import CachedLayout, SharedPrefix, cached_layout
+from rorqual.models.cache import CachedLayout, KVCache, cached_layout
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import AttentionBlock, PackedLayout, causal_layout
 from rorqual.models.rope import Rotation
@@ -28,7 +28,7 @@ def test_cached_equals_packed(tiny_decoder: Callable[..., Decoder], kind: str) -
         expected_RQD = decoder(token_ids_RQ.flatten(), causal_layout([12, 12, 12])).hidden.view(3, 12, -1)
         cache = decoder.new_cache(num_slots=3, capacity=12)
         for position in range(12):
-            layout = cached_layout(range(3), torch.full((3,), position), 1, cache)
+            layout = cached_layout(range(3), [position] * 3, 1, cache)
             out = decoder.forward_cached(token_ids_RQ[:, position : position + 1], cache, layout).hidden
             torch.testing.assert_close(out[:, 0], expected_RQD[:, position], rtol=1e-11, atol=1e-11)
 
@@ -88,34 +88,21 @@ def test_mla_needs_its_config(tiny_decoder: Callable[..., Decoder]) -> None:
         MultiHeadLatentAttention(tiny_decoder("gqa").config)
 
 
-SIBLINGS = SharedPrefix(2, ((torch.tensor([0, 2]), 0), (slice(1, 2), 1)))
-
-
-@pytest.mark.parametrize("biased", (False, True))
-@pytest.mark.parametrize(("whole_row_heads", "shared"), ((0, None), (8, None), (8, SIBLINGS)))
-def test_one_query_against_cached_keys(
-    monkeypatch: pytest.MonkeyPatch, whole_row_heads: int, shared: SharedPrefix | None, biased: bool
-) -> None:
-    """All ways to read the keys, against the definition written out head by head."""
-    monkeypatch.setattr(attention, "WHOLE_ROW_HEADS", whole_row_heads)
+@pytest.mark.parametrize("lengths", ([5, 5, 5], [5, 3, 1]))
+def test_one_query_against_cached_keys(lengths: list[int]) -> None:
+    """Against the definition written out head by head. Values are wider than what is read of them."""
     generator = torch.Generator().manual_seed(0)
-    rows, kv_heads, sharing, head_dim, keys = 3, 4, 2, 6, 5
-    q_RGJE = torch.randn(rows, kv_heads, sharing, head_dim, generator=generator, dtype=torch.float64)
-    k_RKW, v_RKW = torch.randn(2, rows, keys, kv_heads * head_dim, generator=generator, dtype=torch.float64)
-    k_RKW[2, :2], v_RKW[2, :2] = k_RKW[0, :2], v_RKW[0, :2]
-    bias_R1K = torch.zeros(rows, 1, keys, dtype=torch.float64)
-    bias_R1K[1, 0, 3:] = float("-inf")
-    position_N = torch.arange(rows)
-    bias = bias_R1K if biased else None
-    layout = CachedLayout(slice(0, rows), position_N, position_N, rows, keys, bias, shared)
-    found = attention._attend_once(q_RGJE, k_RKW, v_RKW, layout, 0.3)
-    for row in range(rows):
-        seen = 3 if biased and row == 1 else keys
+    slots, kv_heads, sharing, head_dim, value_dim = [3, 0, 2], 2, 3, 6, 4
+    q_RHE = torch.randn(3, kv_heads * sharing, head_dim, generator=generator, dtype=torch.float64)
+    k_SCGE, v_SCGE = torch.randn(2, 4, 7, kv_heads, head_dim, generator=generator, dtype=torch.float64)
+    like = KVCache(1, (1,), 4, 7, like=q_RHE)
+    layout = cached_layout(slots, [length - 1 for length in lengths], 1, like)
+    found_RHV = attention.attend_once(q_RHE, k_SCGE, v_SCGE, value_dim, layout, 0.3)
+    for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
         for head in range(kv_heads * sharing):
-            columns = slice(head // sharing * head_dim, (head // sharing + 1) * head_dim)
-            scores = 0.3 * k_RKW[row, :seen, columns] @ q_RGJE[row].flatten(0, 1)[head]
-            expected = scores.softmax(0) @ v_RKW[row, :seen, columns]
-            torch.testing.assert_close(found[row, head * head_dim : (head + 1) * head_dim], expected)
+            scores = 0.3 * k_SCGE[slot, :length, head // sharing] @ q_RHE[row, head]
+            expected = scores.softmax(0) @ v_SCGE[slot, :length, head // sharing, :value_dim]
+            torch.testing.assert_close(found_RHV[row, head], expected)
 
 
 class AttentionCalls(TorchFunctionMode):
@@ -169,9 +156,8 @@ def test_both_calls_of_a_model_off_the_cpu_give_each_head_its_keys(
             block(x_TD, rotation, PackedLayout(index_RQ[0], (AttentionBlock(index_RQ, index_RQ),)))
         else:
             columns = [torch.zeros(2, 3, 20, device="meta") for _ in range(2)]
-            layout = CachedLayout(
-                slice(0, 2), torch.arange(6), torch.arange(6, device="meta"), 2, 3, torch.zeros(2, 3, 3, device="meta")
-            )
+            index_N = torch.arange(6, device="meta")
+            layout = CachedLayout(slice(0, 2), index_N.view(2, 3), index_N, 3, masked=True, dtype=torch.float32)
             block.forward_cached(x_TD, rotation, columns, layout)
     assert noted.calls == [(4, False)]
 

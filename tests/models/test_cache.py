@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rorqual.models.cache import KVCache, cached_layout, shared_prefix
+from rorqual.models.cache import KVCache, cached_layout
 from rorqual.models.decoder import Decoder
 
 
@@ -81,8 +81,8 @@ def test_grow_holds_one_column_twice_at_a_time() -> None:
 @pytest.mark.parametrize("slots", (range(1, 3), [2, 0]))
 def test_layout_writes_after_the_tokens_and_sees_up_to_each(slots: range | list[int]) -> None:
     cache = filled_cache()
-    layout = cached_layout(slots, torch.tensor([1, 3]), 2, cache)
-    assert layout.positions_N.tolist() == [1, 2, 3, 4]
+    layout = cached_layout(slots, [1, 3], 2, cache)
+    assert layout.positions_RQ.tolist() == [[1, 2], [3, 4]]
     assert layout.num_keys == 5
     assert layout.bias_RQK is not None
     assert layout.bias_RQK.eq(0.0).sum(dim=-1).tolist() == [[2, 3], [4, 5]]
@@ -99,14 +99,14 @@ def test_layout_writes_after_the_tokens_and_sees_up_to_each(slots: range | list[
 
 
 def test_single_queries_of_equal_length_need_no_bias() -> None:
-    assert cached_layout(range(2), torch.tensor([3, 3]), 1, filled_cache()).bias_RQK is None
-    assert cached_layout(range(2), torch.tensor([3, 2]), 1, filled_cache()).bias_RQK is not None
-    assert cached_layout(range(2), torch.tensor([3, 3]), 2, filled_cache()).bias_RQK is not None
+    assert cached_layout(range(2), [3, 3], 1, filled_cache()).bias_RQK is None
+    assert cached_layout(range(2), [3, 2], 1, filled_cache()).bias_RQK is not None
+    assert cached_layout(range(2), [3, 3], 2, filled_cache()).bias_RQK is not None
 
 
 def test_a_row_past_the_capacity_is_refused() -> None:
     with pytest.raises(ValueError, match=r"holds 5 tokens.*needs 6"):
-        cached_layout(range(2), torch.tensor([0, 4]), 2, filled_cache())
+        cached_layout(range(2), [0, 4], 2, filled_cache())
 
 
 @pytest.mark.parametrize("kind", ("gqa", "mla"))
@@ -117,10 +117,10 @@ def test_continuing_a_copied_prefix(tiny_decoder: Callable[..., Decoder], kind: 
     cache = decoder.new_cache(num_slots=4, capacity=16)
     with torch.no_grad():
         for slots, ids, start in ((range(1, 2), prompt, 0), (range(1, 2), tail, 8)):
-            layout = cached_layout(slots, torch.tensor([start]), len(ids), cache)
+            layout = cached_layout(slots, [start], len(ids), cache)
             expected = decoder.forward_cached(ids[None], cache, layout).hidden
         cache.copy_tokens(source=1, target=3, length=8)
-        layout = cached_layout([3], torch.tensor([8]), len(tail), cache)
+        layout = cached_layout([3], [8], len(tail), cache)
         assert torch.equal(decoder.forward_cached(tail[None], cache, layout).hidden, expected)
 
 
@@ -129,19 +129,15 @@ def test_mla_caches_the_latent_alone(tiny_decoder: Callable[..., Decoder]) -> No
     widths = {
         kind: [column.shape[-1] for column in tiny_decoder(kind).new_cache(1, 2).columns[0]] for kind in ("mla", "gqa")
     }
-    assert widths == {"mla": [8, 4], "gqa": [20, 20]}
+    assert widths == {"mla": [8 + 4], "gqa": [20, 20]}
 
 
-def test_rows_of_a_family_share_what_all_rows_have() -> None:
-    found = shared_prefix(np.array([7, 4, 7, 4, 4, 7]), np.array([150, 140, 150, 140, 140, 150]))
-    assert found is not None and found.length == 140
-    (first, first_row), (second, second_row) = found.families
-    assert isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
-    assert (first.tolist(), first_row, second.tolist(), second_row) == ([1, 3, 4], 1, [0, 2, 5], 0)
-    consecutive = shared_prefix(np.array([1, 1, 2, 2]), np.full(4, 140))
-    assert consecutive is not None and consecutive.families == ((slice(0, 2), 0), (slice(2, 4), 2))
-
-
-@pytest.mark.parametrize(("family", "length"), (([1, 1, 2], 140), ([1, 1, 1], 127)))
-def test_little_in_common_is_read_row_by_row(family: list[int], length: int) -> None:
-    assert shared_prefix(np.array(family), np.full(3, length)) is None
+def test_what_each_row_reads() -> None:
+    """The new token is the last; a prompt that rows share is read where the first of them keeps it."""
+    alone = cached_layout([2, 0], [3, 1], 1, filled_cache()).reads
+    assert alone is not None
+    assert [each.tolist() for each in alone] == [[2, 0], [4, 2], [2, 0], [0, 0]]
+    shared = cached_layout([2, 0, 1], [3, 3, 4], 1, filled_cache(), ([0, 0, 2], np.array([2, 2, 3]))).reads
+    assert shared is not None
+    assert [each.tolist() for each in shared] == [[2, 0, 1], [4, 4, 5], [2, 2, 1], [2, 2, 3]]
+    assert cached_layout([2, 0], [1, 1], 2, filled_cache()).reads is None

@@ -64,7 +64,7 @@ def test_cached_routes_are_the_packed_ones(tiny_decoder: Callable[..., Decoder])
     decoder, ids = tiny_decoder("mla"), random_ids(14)
     expected = decoder(ids, causal_layout([7, 7])).routes
     cache = decoder.new_cache(2, 7)
-    layout = cached_layout(range(2), torch.tensor([0, 0]), 7, cache)
+    layout = cached_layout(range(2), [0, 0], 7, cache)
     found = decoder.forward_cached(ids.view(2, 7), cache, layout).routes
     assert found.sort(dim=-1).values.tolist() == expected.sort(dim=-1).values.tolist()
 

@@ -42,7 +42,7 @@ def cached_logits(
         width = chunks[min(step, len(chunks) - 1)]
         rows = [sequence[done : done + width] for done, sequence in zip(fed, sequences, strict=True)]
         token_ids_RQ = torch.stack([torch.nn.functional.pad(row, (0, width - len(row))) for row in rows])
-        layout = cached_layout(slots, torch.tensor(fed), width, cache)
+        layout = cached_layout(slots, fed, width, cache)
         out_RQV = decoder.logits(decoder.forward_cached(token_ids_RQ, cache, layout).hidden)
         for row, part in enumerate(rows):
             logits[row].append(out_RQV[row, : len(part)])
@@ -96,7 +96,7 @@ def test_greedy_continuation(pair: Callable, family: str) -> None:
     tokens, new = prompt, prompt
     with torch.no_grad():
         for _ in range(16):
-            layout = cached_layout(range(1), torch.tensor([len(tokens) - len(new)]), len(new), cache)
+            layout = cached_layout(range(1), [len(tokens) - len(new)], len(new), cache)
             hidden = model.decoder.forward_cached(new[None], cache, layout).hidden
             new = model.decoder.logits(hidden[0, -1:]).argmax(dim=-1)
             tokens = torch.cat([tokens, new])
