@@ -33,32 +33,28 @@ class FusedBlock:
     def __init__(
         self, input_norm: nn.RMSNorm, attention: GroupedQueryAttention, post_norm: nn.RMSNorm, mlp: MLP
     ) -> None:
-        self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
-        weights = (*attention.parameters(), *mlp.parameters())
-        self.small = sum(parameter.numel() for parameter in weights) <= MOST_WEIGHTS
-        self.eps = input_norm.eps or 0.0
-        self.found: tuple[tuple[int, ...], BlockWeights] | None = None
+        self.num_kv_heads, self.scale, self.eps = attention.num_kv_heads, attention.scale, input_norm.eps or 0.0
+        self.small = sum(each.numel() for part in (attention, mlp) for each in part.parameters()) <= MOST_WEIGHTS
+        a, m = attention, mlp
+        owners: tuple[tuple[nn.Module, str], ...] = (
+            *((input_norm, "weight"), (a.q_proj, "weight"), (a.k_proj, "weight"), (a.v_proj, "weight")),
+            *((a.q_proj, "bias"), (a.k_proj, "bias"), (a.v_proj, "bias"), (a.q_norm, "weight"), (a.k_norm, "weight")),
+            *((a.o_proj, "weight"), (a.o_proj, "bias"), (post_norm, "weight")),
+            *((m.gate_proj, "weight"), (m.up_proj, "weight"), (m.down_proj, "weight")),
+            *((m.gate_proj, "bias"), (m.up_proj, "bias"), (m.down_proj, "bias")),
+        )
+        # The modules' own tables, because every attribute of a module costs a microsecond, and a step asks for all.
+        self.places = [(owner._parameters, name) for owner, name in owners]
+        self.found: tuple[list[int], BlockWeights] | None = None
 
     def weights(self) -> BlockWeights:
         """The kernel's view of the parameters: the same memory, so that an optimiser's step is seen."""
-        parameters = self._parameters()
+        parameters = [table.get(name) for table, name in self.places]
         # A deep copy brings the arrays of its original along; the id tells them from its own.
-        where = (id(self), *(0 if each is None else each.data_ptr() for each in parameters))
+        where = [id(self), *[0 if each is None else each.data_ptr() for each in parameters]]
         if self.found is None or self.found[0] != where:
             self.found = where, BlockWeights(*(EMPTY if each is None else array(each) for each in parameters))
         return self.found[1]
-
-    def _parameters(self) -> tuple[Tensor | None, ...]:
-        """In the order of BlockWeights."""
-        a, m = self.attention, self.mlp
-        return (
-            self.input_norm.weight,
-            *(a.q_proj.weight, a.k_proj.weight, a.v_proj.weight, a.q_proj.bias, a.k_proj.bias, a.v_proj.bias),
-            *(norm.weight if isinstance(norm, nn.RMSNorm) else None for norm in (a.q_norm, a.k_norm)),
-            *(a.o_proj.weight, a.o_proj.bias, self.post_norm.weight),
-            *(m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight),
-            *(m.gate_proj.bias, m.up_proj.bias, m.down_proj.bias),
-        )
 
 
 def decode_fused(
@@ -76,7 +72,6 @@ def decode_fused(
     out_RD = x_RD.clone()
     x, cos, sin = array(out_RD), array(rotation.cos.squeeze(1)), array(rotation.sin.squeeze(1))
     for block, columns in zip(fused, cache.columns, strict=True):
-        num_kv_heads, scale = block.attention.num_kv_heads, block.attention.scale
-        keys, values = (array(column.unflatten(-1, (num_kv_heads, -1))) for column in columns)
-        decode_block(x, block.weights(), cos, sin, keys, values, reads, block.eps, scale)
+        keys, values = (array(column.view(*column.shape[:2], block.num_kv_heads, -1)) for column in columns)
+        decode_block(x, block.weights(), cos, sin, keys, values, reads, block.eps, block.scale)
     return out_RD
