@@ -391,7 +391,7 @@ def main() -> None:
     print(markdown_table([sizes, "TRL", "Rorqual", "ratio", "TRL: sampling / rest", "Rorqual"], times))
     print("\nResident memory in MiB, at rest + most above it during a step.\n")
     print(markdown_table([sizes, "TRL", "Rorqual", "ratio of the second"], memory))
-    packages = ("torch", "transformers", "trl", "rorqual")
+    packages = ("torch", "transformers", "trl", "rorqual", "numba")
     print(f"\n{conditions(chosen.threads, chosen.rounds, packages)}")
     print(f"Largest difference of the two policies' log-probs before the first step: {max(differences):.1e}.")
 
