@@ -2,9 +2,9 @@
 
 Both sample at temperature 1 from the whole distribution, in float32, with a key-value cache. Three kinds of work: all
 prompts differ and all answers are equally long; prompts in groups of 8, as in GRPO; and four batches of answers of
-unequal length, of which only the wanted tokens count. No round repeats a prompt. The engine also returns the log-prob of every drawn token
-and the entropy it was drawn at. The two take turns in one process, and who begins changes every round.
-Needs `pip install rorqual[bench]`.
+unequal length, of which only the wanted tokens count. No round repeats a prompt. The engine also returns the log-prob
+of every drawn token and the entropy it was drawn at. The two take turns in one process, and who begins changes every
+round. Needs `pip install rorqual[bench]`.
 """
 
 from __future__ import annotations
