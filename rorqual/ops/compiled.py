@@ -7,7 +7,10 @@ and stands beside a plain torch twin, which serves everywhere else. NaN is never
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -31,16 +34,41 @@ FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
 """What a vectorised sum needs. NaN and infinity keep their meaning."""
 
 
+def _cache_directory() -> Path:
+    """A folder of its own for each state of this package's sources. numba itself looks only at the file of the function
+    that is called, and would go on with the old code of those that it calls in other files."""
+    package = Path(__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(package.glob("*.py")))
+    configured = NUMBA.config.CACHE_DIR if NUMBA is not None else ""
+    beside = package / "__pycache__"
+    writable = os.access(beside if beside.exists() else package, os.W_OK)
+    base = Path(configured) if configured else beside if writable else Path.home() / ".cache" / "rorqual"
+    return base / f"kernels-{hashlib.sha256(sources).hexdigest()[:16]}"
+
+
+_CACHE = _cache_directory()
+
+
 def compiled(function: Function) -> Function:
-    """Compile `function` at its first call, and keep the result on disk; unchanged where numba is missing."""
+    """Compile `function` at its first call, and keep the result on disk; unchanged where numba is missing.
+
+    A compiled function that it calls becomes part of it. Linked, it would exist twice, optimised once and twice, and
+    which of the two runs would depend on whether this process compiled or loaded it: they round differently.
+    """
     if NUMBA is None:
         return function
-    result: Any = NUMBA.njit(cache=True, nogil=True, fastmath=FAST_MATH, error_model="numpy")(function)
+    options = {"cache": True, "nogil": True, "forceinline": True, "error_model": "numpy"}
+    configured = NUMBA.config.CACHE_DIR
+    NUMBA.config.CACHE_DIR = str(_CACHE)
+    try:
+        result: Any = NUMBA.njit(fastmath=FAST_MATH, **options)(function)
+    finally:
+        NUMBA.config.CACHE_DIR = configured
     return result
 
 
 def inlined(function: Function) -> Function:
-    """The same, for a small function that loops call: it becomes part of them."""
+    """The same, for a small function of no loop that is called in the innermost ones."""
     if NUMBA is None:
         return function
     result: Any = NUMBA.njit(inline="always", fastmath=FAST_MATH, error_model="numpy")(function)

@@ -49,6 +49,11 @@ def contents(directory: Path) -> dict[str, Any]:
     return found
 
 
+def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of what is not the same. pytest itself would take minutes to lay two files of weights side by side."""
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the micro recipe."""
