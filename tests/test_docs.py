@@ -102,7 +102,7 @@ def test_question_that_the_help_shows_is_one_that_the_demo_trains() -> None:
 def test_readme_opens_with_two_commands() -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     commands = [line.partition("#")[0].strip() for line in blocks[0].splitlines()]
-    assert commands == ["make demo", ".venv/bin/rorqual chat runs/demo"]
+    assert commands == ["make demo", "make test"]
 
 
 def test_verbs_of_the_makefile_are_described() -> None:
