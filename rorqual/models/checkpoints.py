@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rorqual.models.config import ModelConfig
 from rorqual.models.decoder import Decoder
-from rorqual.models.hf import CONFIG_NAME, from_hf_config, read_json
+from rorqual.models.hf import CONFIG_NAME, read_json, read_model_config
 from rorqual.models.hf_export import to_hf_config
 from rorqual.models.tensors import INDEX_NAME, SINGLE_NAME, TensorReader, some_names
 from rorqual.store.files import disk_errors, sync_directory, sync_tree
@@ -84,11 +84,7 @@ def load_checkpoint(
     or misshapen tensor, a missing or truncated file, an unsupported architecture or quantisation.
     """
     directory = Path(directory)
-    raw = read_json(directory / CONFIG_NAME)
-    try:
-        config = from_hf_config(raw)
-    except ValueError as error:
-        raise ValueError(f"{directory / CONFIG_NAME}: {error}") from error
+    raw, config = read_json(directory / CONFIG_NAME), read_model_config(directory)
     with torch.device("meta"):
         model = Decoder(config)
     reader = TensorReader(directory, _fp8_block(raw, directory))

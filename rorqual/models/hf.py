@@ -61,7 +61,7 @@ ROPE_FIELDS: Final[dict[str, tuple[str, ...]]] = {
 Raw = Mapping[str, Any]
 
 
-def load_config(directory: Path | str) -> ModelConfig:
+def read_model_config(directory: Path | str) -> ModelConfig:
     """ModelConfig of a Hugging Face checkpoint directory.
 
     Raises: ValueError naming the file and what in it is absent, malformed or unsupported.

@@ -56,7 +56,7 @@ class PackedLayout:
 
 
 @dataclass(frozen=True)
-class Run:
+class TokenRun:
     """`length` consecutive packed tokens from `start`, seen after the `prefix_length` tokens from `prefix_start`."""
 
     start: int
@@ -66,7 +66,7 @@ class Run:
 
 
 def layout_from_runs(
-    runs: Sequence[Run], device: torch.device | None = None, padding_limit: float = 1.25
+    runs: Sequence[TokenRun], device: torch.device | None = None, padding_limit: float = 1.25
 ) -> PackedLayout:
     """Group runs of like shape into blocks. A row's queries and its keys are each padded to at most `padding_limit`
     times their number plus 8.
@@ -85,15 +85,15 @@ def causal_layout(lengths: Sequence[int], device: torch.device | None = None) ->
     """Sequences of the given lengths, packed one after another, each seeing only itself."""
     runs, start = [], 0
     for length in lengths:
-        runs.append(Run(start, length))
+        runs.append(TokenRun(start, length))
         start += length
     return layout_from_runs(runs, device)
 
 
-def _similar(runs: Sequence[Run], padding_limit: float) -> list[list[Run]]:
+def _similar(runs: Sequence[TokenRun], padding_limit: float) -> list[list[TokenRun]]:
     """Runs with and without a prefix apart, each sorted by length and cut where padding would exceed the limit, then
     each part sorted and cut by prefix."""
-    groups: list[list[Run]] = []
+    groups: list[list[TokenRun]] = []
     for run in sorted(runs, key=lambda run: (run.prefix_length > 0, run.length, run.prefix_length, run.start)):
         first = groups[-1][0] if groups else None
         fits = (
@@ -105,18 +105,18 @@ def _similar(runs: Sequence[Run], padding_limit: float) -> list[list[Run]]:
     return [part for group in groups for part in _cut_by_prefix(group, padding_limit)]
 
 
-def _cut_by_prefix(group: list[Run], padding_limit: float) -> list[list[Run]]:
+def _cut_by_prefix(group: list[TokenRun], padding_limit: float) -> list[list[TokenRun]]:
     """Parts of a group, sorted by length, whose longest row of keys is within the limit of what their shortest may
     be."""
     shortest, longest = group[0].length, group[-1].length
-    parts: list[list[Run]] = []
+    parts: list[list[TokenRun]] = []
     for run in sorted(group, key=lambda run: run.prefix_length):
         most = (parts[-1][0].prefix_length + shortest) * padding_limit + 8 if parts else 0.0
         parts[-1].append(run) if run.prefix_length + longest <= most else parts.append([run])
     return parts
 
 
-def _block(runs: Sequence[Run], device: torch.device | None) -> AttentionBlock:
+def _block(runs: Sequence[TokenRun], device: torch.device | None) -> AttentionBlock:
     num_queries = max(run.length for run in runs)
     num_prefix = max(run.prefix_length for run in runs)
     query_index, query_valid = _padded([(run.start, run.length) for run in runs], num_queries)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rorqual.models.layout import PackedLayout, Run, layout_from_runs
+from rorqual.models.layout import PackedLayout, TokenRun, layout_from_runs
 from rorqual.models.moe import FREE_ROUTE
 from rorqual.records import TrainSample
 from rorqual.train.logprobs import KeptBatch
@@ -200,7 +200,7 @@ def _num_fed(cluster: Sequence[_Sequence]) -> int:
 def _batch(
     clusters: Sequence[list[_Sequence]], device: torch.device | None, keep_routing: bool, keep_sampling_mask: bool
 ) -> PackedBatch:
-    runs: list[Run] = []
+    runs: list[TokenRun] = []
     fed: list[tuple[_Sequence, slice]] = []
     predict: list[NDArray[np.int64]] = []
     for cluster in clusters:
@@ -227,7 +227,7 @@ def _batch(
 
 def _lay_out(
     cluster: Sequence[_Sequence],
-    runs: list[Run],
+    runs: list[TokenRun],
     fed: list[tuple[_Sequence, slice]],
     predict: list[NDArray[np.int64]],
 ) -> None:
@@ -236,13 +236,13 @@ def _lay_out(
     prompt_length = cluster[0].prompt_length if len(cluster) > 1 else 0
     start = prompt_start + prompt_length
     if prompt_length:
-        runs.append(Run(prompt_start, prompt_length))
+        runs.append(TokenRun(prompt_start, prompt_length))
         fed.append((cluster[0], slice(0, prompt_length)))
     for sequence in cluster:
         length = sequence.num_fed - prompt_length
         if length:
             prefix = (prompt_start, prompt_length) if prompt_length else (0, 0)
-            runs.append(Run(start, length, *prefix))
+            runs.append(TokenRun(start, length, *prefix))
             fed.append((sequence, slice(prompt_length, sequence.num_fed)))
         before = sequence.targets - 1
         predict.append(before + np.where(before < prompt_length, prompt_start, start - prompt_length))

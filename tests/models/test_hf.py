@@ -12,7 +12,7 @@ import pytest
 
 from rorqual.models.config import ModelConfig, RopeConfig
 from rorqual.models.decoder import Decoder
-from rorqual.models.hf import from_hf_config, load_config
+from rorqual.models.hf import from_hf_config, read_model_config
 from rorqual.models.hf_export import to_hf_config
 
 transformers = pytest.importorskip("transformers")
@@ -72,7 +72,7 @@ def test_written_configs_read_back(
     config = transformers.AutoConfig.for_model(family, **reference_options(family, seed))
     config.architectures = [transformers.AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.save_pretrained(tmp_path)
-    ours = load_config(tmp_path)
+    ours = read_model_config(tmp_path)
     written = to_hf_config(ours)
     assert from_hf_config(json.loads(json.dumps(written))) == ours
     again = transformers.AutoConfig.for_model(**written)
@@ -194,7 +194,7 @@ def test_refusals_name_the_option(raw: dict[str, Any], message: str, tmp_path: P
         from_hf_config(raw)
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=str(tmp_path / "config.json")):
-        load_config(tmp_path)
+        read_model_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_bad_files(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        load_config(tmp_path)
+        read_model_config(tmp_path)
 
 
 @pytest.mark.parametrize(

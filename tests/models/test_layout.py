@@ -12,26 +12,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rorqual.models.decoder import Decoder
-from rorqual.models.layout import PackedLayout, Run, causal_layout, layout_from_runs
+from rorqual.models.layout import PackedLayout, TokenRun, causal_layout, layout_from_runs
 
 
 @st.composite
-def packings(draw: st.DrawFn) -> list[Run]:
+def packings(draw: st.DrawFn) -> list[TokenRun]:
     """Lone sequences and groups with a shared prompt, in any order, passed to the layout in any order."""
     shapes = draw(
         st.lists(st.tuples(st.integers(1, 40), st.lists(st.integers(1, 40), max_size=4)), min_size=1, max_size=5)
     )
     runs, start = [], 0
     for prompt, completions in shapes:
-        runs.append(Run(start, prompt))
+        runs.append(TokenRun(start, prompt))
         prompt_start, start = start, start + prompt
         for length in completions:
-            runs.append(Run(start, length, prompt_start, prompt))
+            runs.append(TokenRun(start, length, prompt_start, prompt))
             start += length
     return draw(st.permutations(runs))
 
 
-def definition(runs: list[Run]) -> tuple[Tensor, Tensor]:
+def definition(runs: list[TokenRun]) -> tuple[Tensor, Tensor]:
     """How often each token (row) sees each key (column), and each token's position, one by one."""
     num_tokens = sum(run.length for run in runs)
     seen_TT = torch.zeros(num_tokens, num_tokens, dtype=torch.int64)
@@ -75,7 +75,7 @@ def queries_in_order(layout: PackedLayout) -> Tensor:
 
 
 @given(packings(), st.sampled_from([1.0, 1.25, 3.0]))
-def test_layout_means_its_definition(runs: list[Run], padding_limit: float) -> None:
+def test_layout_means_its_definition(runs: list[TokenRun], padding_limit: float) -> None:
     num_tokens = sum(run.length for run in runs)
     layout = layout_from_runs(runs, padding_limit=padding_limit)
     seen_TT, positions_T = definition(runs)
@@ -87,7 +87,7 @@ def test_layout_means_its_definition(runs: list[Run], padding_limit: float) -> N
 
 
 @given(packings())
-def test_padding_is_bounded(runs: list[Run]) -> None:
+def test_padding_is_bounded(runs: list[TokenRun]) -> None:
     for block in layout_from_runs(runs, padding_limit=1.25).blocks:
         if block.query_valid_RQ is not None:
             shortest = int(block.query_valid_RQ.sum(dim=1).min())
@@ -101,22 +101,22 @@ def test_one_long_prompt_does_not_pad_the_keys_of_others() -> None:
     """Four groups of like completions: three behind 20 tokens, one behind 8000."""
     runs, start = [], 0
     for prompt in (20, 8000, 20, 20):
-        runs.append(Run(start, prompt))
+        runs.append(TokenRun(start, prompt))
         prompt_start, start = start, start + prompt
         for length in (40, 41):
-            runs.append(Run(start, length, prompt_start, prompt))
+            runs.append(TokenRun(start, length, prompt_start, prompt))
             start += length
     sizes = sorted(tuple(block.key_index_RK.shape) for block in layout_from_runs(runs).blocks)
     assert sizes == [(1, 8000), (2, 8041), (3, 20), (6, 61)]
 
 
 @given(packings())
-def test_runs_of_like_prefix_share_a_block(runs: list[Run]) -> None:
+def test_runs_of_like_prefix_share_a_block(runs: list[TokenRun]) -> None:
     """Where all prompts are equally long, keys never cut a block that queries do not."""
     prompt = 4
-    alike, start = [Run(0, prompt)], prompt
+    alike, start = [TokenRun(0, prompt)], prompt
     for run in runs:
-        alike.append(Run(start, run.length, 0, prompt))
+        alike.append(TokenRun(start, run.length, 0, prompt))
         start += run.length
     lengths, firsts = sorted(run.length for run in runs), 0
     while lengths:
@@ -172,11 +172,11 @@ def test_shared_prompt_equals_repeated_prompt(tiny_decoder: Callable[..., Decode
     runs, parts, reads, start = [], [], [], 0
     for prompt, completions in groups:
         prompt_start, prompt_end = start, start + len(prompt)
-        runs.append(Run(prompt_start, len(prompt)))
+        runs.append(TokenRun(prompt_start, len(prompt)))
         parts.append(prompt)
         start = prompt_end
         for completion in completions:
-            runs.append(Run(start, len(completion), prompt_start, len(prompt)))
+            runs.append(TokenRun(start, len(completion), prompt_start, len(prompt)))
             parts.append(completion)
             reads += [prompt_end - 1, *range(start, start + len(completion))]
             start += len(completion)
