@@ -1,6 +1,6 @@
 """Attention: grouped-query (GQA) and multi-head latent (MLA), on packed tokens and against a cache.
 
-Both kinds offer the same two calls. `forward(x_TD, rotation, layout)` serves training: packed tokens, no cache.
+Both offer the same two calls. `forward(x_TD, rotation, layout)` serves training: packed tokens, no cache.
 `forward_cached(x_ND, rotation, columns, layout)` serves generation: it writes the new tokens to the cache and
 attends to all. MLA decodes in its absorbed form: the up-projections move onto the query and the output, so that all
 heads read one latent a token (multi-query attention over kv_lora_rank + rope dimensions; DeepSeek-V2, arXiv
@@ -43,24 +43,24 @@ class GroupedQueryAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
-    @staticmethod
-    def cache_widths(config: ModelConfig) -> tuple[int, ...]:
-        return (config.num_kv_heads * config.head_dim,) * 2
-
     def forward(self, x_TD: Tensor, rotation: Rotation, layout: PackedLayout) -> Tensor:
         q_THE, k_TGE, v_TGE = self._project(x_TD, rotation)
         return self.o_proj(attend_packed(q_THE, k_TGE, v_TGE, layout, self.scale))
 
     def forward_cached(self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
-        k_SCGE, v_SCGE = (column.unflatten(-1, (self.num_kv_heads, -1)) for column in columns)
         q_NHE, k_NGE, v_NGE = self._project(x_ND, rotation)
         layout.write(columns, (k_NGE.flatten(1), v_NGE.flatten(1)))
+        return self._attend_cached(q_NHE, columns, layout)
+
+    def _attend_cached(self, q_NHE: Tensor, columns: list[Tensor], layout: CachedLayout) -> Tensor:
+        """What the block adds [N, D], the new tokens being in the cache."""
+        k_SCGE, v_SCGE = (column.unflatten(-1, (self.num_kv_heads, -1)) for column in columns[:2])
         if layout.one_query:
             return self.o_proj(attend_once(q_NHE, k_SCGE, v_SCGE, self.head_dim, layout, self.scale).flatten(1))
         k_RGKE, v_RGKE = layout.read(k_SCGE).transpose(1, 2), layout.read(v_SCGE).transpose(1, 2)
         q_RHQE = q_NHE.unflatten(0, (layout.num_rows, -1)).transpose(1, 2)
         out_RHQE = attend(q_RHQE, k_RGKE, v_RGKE, layout.bias_RQK, self.scale)
-        return self.o_proj(out_RHQE.transpose(1, 2).reshape(len(x_ND), -1))
+        return self.o_proj(out_RHQE.transpose(1, 2).reshape(len(q_NHE), -1))
 
     def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_norm(self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim)))
@@ -92,31 +92,34 @@ class MultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent_dim, config.num_heads * (self.nope_dim + self.value_dim), bias=False)
         self.o_proj = nn.Linear(config.num_heads * self.value_dim, config.hidden_size, bias=config.output_bias)
 
-    @staticmethod
-    def cache_widths(config: ModelConfig) -> tuple[int, ...]:
-        mla = _mla(config)
-        return (mla.kv_lora_rank + mla.qk_rope_head_dim,)
-
     def forward(self, x_TD: Tensor, rotation: Rotation, layout: PackedLayout) -> Tensor:
-        q_nope_THN, q_rope_THP, latent_TL, k_rope_TP = self._project(x_TD, rotation)
+        q_nope_THN, q_rope_THP, latent_TL, k_rope_TP = self._project(x_TD, rotation, self._query_input(x_TD))
         k_THE, v_THV = self._expand(latent_TL, k_rope_TP)
         q_THE = torch.cat((q_nope_THN, q_rope_THP), dim=-1)
         return self.o_proj(attend_packed(q_THE, k_THE, v_THV, layout, self.scale))
 
     def forward_cached(self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout) -> Tensor:
-        q_nope, q_rope, latent, k_rope = self._project(x_ND, rotation)
+        q_nope, q_rope, latent, k_rope = self._project(x_ND, rotation, self._query_input(x_ND))
         layout.write(columns, (torch.cat((latent, k_rope), dim=-1),))
+        return self._attend_cached(q_nope, q_rope, columns, layout)
+
+    def _attend_cached(self, q_nope: Tensor, q_rope: Tensor, columns: list[Tensor], layout: CachedLayout) -> Tensor:
+        """What the block adds [N, D], the new tokens being in the cache."""
         if layout.one_query:
             return self._decode_absorbed(q_nope, q_rope, columns[0].unsqueeze(2), layout)
         latent_RKL, k_rope_RKP = layout.read(columns[0]).split((self.latent_dim, self.rope_dim), dim=-1)
         k_RKHE, v_RKHV = self._expand(latent_RKL, k_rope_RKP)
         q_RHQE = torch.cat((q_nope, q_rope), dim=-1).unflatten(0, (layout.num_rows, -1)).transpose(1, 2)
         out_RHQV = attend(q_RHQE, k_RKHE.transpose(1, 2), v_RKHV.transpose(1, 2), layout.bias_RQK, self.scale)
-        return self.o_proj(out_RHQV.transpose(1, 2).reshape(len(x_ND), -1))
+        return self.o_proj(out_RHQV.transpose(1, 2).reshape(len(q_nope), -1))
 
-    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _query_input(self, x: Tensor) -> Tensor:
+        """What the queries are made of: the normalised query latent, or `x` itself."""
+        return self.q_a_layernorm(self.q_a_proj(x)) if self.q_lora else x
+
+    def _project(self, x: Tensor, rotation: Rotation, query_input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries (without and with position), the normalised latent, the rotated shared key."""
-        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora else self.q_proj(x)
+        q = self.q_b_proj(query_input) if self.q_lora else self.q_proj(query_input)
         q_nope, q_rope = q.unflatten(-1, (self.num_heads, -1)).split((self.nope_dim, self.rope_dim), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent_dim, self.rope_dim), dim=-1)
         k_rope = rotation.rotate(k_rope.unsqueeze(-2)).squeeze(-2)
@@ -133,25 +136,24 @@ class MultiHeadLatentAttention(nn.Module):
         self, q_nope_RHN: Tensor, q_rope_RHP: Tensor, cached_SC1E: Tensor, layout: CachedLayout
     ) -> Tensor:
         """One query a row against the latents themselves; the softmax scale stays that of N + P dimensions."""
+        q_RHE = self._absorb_query(q_nope_RHN, q_rope_RHP)
+        out_RHL = attend_once(q_RHE, cached_SC1E, cached_SC1E, self.latent_dim, layout, self.scale)
+        return self.o_proj(self._raise_value(out_RHL).flatten(1))
+
+    def _up_projections(self) -> tuple[Tensor, Tensor]:
+        """From the latent to each head's keys [H, N, L] and values [H, V, L]."""
         up_HXL = self.kv_b_proj.weight.view(self.num_heads, self.nope_dim + self.value_dim, self.latent_dim)
         key_up_HNL, value_up_HVL = up_HXL.split((self.nope_dim, self.value_dim), dim=1)
-        q_latent_RHL = torch.bmm(q_nope_RHN.transpose(0, 1), key_up_HNL).transpose(0, 1)
-        q_RHE = torch.cat((q_latent_RHL, q_rope_RHP), dim=-1)
-        out_RHL = attend_once(q_RHE, cached_SC1E, cached_SC1E, self.latent_dim, layout, self.scale)
-        out_RHV = torch.bmm(out_RHL.transpose(0, 1), value_up_HVL.transpose(1, 2)).transpose(0, 1)
-        return self.o_proj(out_RHV.reshape(len(out_RHV), -1))
+        return key_up_HNL, value_up_HVL
 
+    def _absorb_query(self, q_nope_RHN: Tensor, q_rope_RHP: Tensor) -> Tensor:
+        """Queries against the latents themselves: [R, H, L+P]."""
+        q_latent_RHL = torch.bmm(q_nope_RHN.transpose(0, 1), self._up_projections()[0]).transpose(0, 1)
+        return torch.cat((q_latent_RHL, q_rope_RHP), dim=-1)
 
-def attention_class(config: ModelConfig) -> type[GroupedQueryAttention] | type[MultiHeadLatentAttention]:
-    """The module that `config.attention` and `config.mla` name. Raises: ValueError for a kind that there is not."""
-    if config.attention not in ATTENTION:
-        raise ValueError(f"There is no attention {config.attention!r}; there is {', '.join(ATTENTION)}.")
-    grouped_query, latent = ATTENTION[config.attention]
-    return latent if config.mla else grouped_query
-
-
-ATTENTION = {"dense": (GroupedQueryAttention, MultiHeadLatentAttention)}
-"""Attention kind -> its form for grouped-query models, and its form for latent ones."""
+    def _raise_value(self, out_RHL: Tensor) -> Tensor:
+        """Values from mixed latents: [R, H, V]."""
+        return torch.bmm(out_RHL.transpose(0, 1), self._up_projections()[1].transpose(1, 2)).transpose(0, 1)
 
 
 def _mla(config: ModelConfig) -> MLAConfig:
@@ -211,9 +213,7 @@ def one_each(x_RGKE: Tensor, num_heads: int) -> Tensor:
 
 def attend_packed(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, layout: PackedLayout, scale: float) -> Tensor:
     """Softmax attention block by block; returns [T, H*V] in packed order."""
-    outputs = [_attend_block(q_THE, k_TGE, v_TGV, block, scale) for block in layout.blocks]
-    flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return flat if layout.gather_T is None else flat.index_select(0, layout.gather_T)
+    return layout.in_packed_order([_attend_block(q_THE, k_TGE, v_TGV, block, scale) for block in layout.blocks])
 
 
 def _attend_block(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, block: AttentionBlock, scale: float) -> Tensor:
@@ -221,7 +221,7 @@ def _attend_block(q_THE: Tensor, k_TGE: Tensor, v_TGV: Tensor, block: AttentionB
     q_RHQE = _take(q_THE, block.query_index_RQ)
     k_RGKE, v_RGKV = _take(k_TGE, block.key_index_RK), _take(v_TGV, block.key_index_RK)
     out_RHQV = attend(q_RHQE, k_RGKE, v_RGKV, mask_RQK, scale, causal=mask_RQK is None)
-    return out_RHQV.transpose(1, 2).flatten(2).flatten(0, 1)
+    return out_RHQV.transpose(1, 2).flatten(2)
 
 
 def _take(x_THE: Tensor, index_RQ: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The key-value cache: one row of tokens a slot, for every layer.
 
-Each attention kind says what it keeps for a token (`widths`): keys and values for grouped-query attention, the latent
-and the rotated key for MLA. The cache stores those columns flat, so that one `index_copy_` writes any set of tokens.
+Each attention kind keeps something of a token (`kinds.cache_widths`): keys and values for grouped-query attention, the
+latent and the rotated key for MLA, and an indexer's key beside them. The cache stores those columns flat, so that one
+`index_copy_` writes any set of tokens.
 
 Shapes: S slots, C capacity in tokens, R rows in a call, Q queries a row, K keys visible, W width of a column.
 """
@@ -23,11 +24,12 @@ from rorqual.ops.attention_numba import RowReads
 class KVCache:
     """`columns[layer][i]` is [S, C, W_i]. Which tokens of a slot are valid is the caller's to know."""
 
-    def __init__(self, num_layers: int, widths: tuple[int, ...], num_slots: int, capacity: int, like: Tensor) -> None:
+    def __init__(self, widths: Sequence[tuple[int, ...]], num_slots: int, capacity: int, like: Tensor) -> None:
+        """widths: of the columns of each layer. dtype and device are those of `like`."""
         self.num_slots, self.capacity, self.dtype, self.device = num_slots, capacity, like.dtype, like.device
         self.columns = [
-            [torch.zeros(num_slots, capacity, width, dtype=like.dtype, device=like.device) for width in widths]
-            for _ in range(num_layers)
+            [torch.zeros(num_slots, capacity, width, dtype=like.dtype, device=like.device) for width in layer]
+            for layer in widths
         ]
 
     def grow(self, capacity: int) -> None:

@@ -31,7 +31,8 @@ from rorqual.models.tensors import INDEX_NAME, SINGLE_NAME, TensorReader, some_n
 from rorqual.store.files import disk_errors, sync_directory, sync_tree
 
 STAGE_NAME: Final = ".tmp-checkpoint"
-KEPT_FLOAT32: Final = "e_score_correction_bias"
+KEPT_FLOAT32: Final = ("e_score_correction_bias", "indexer.weights_proj.weight")
+"""Float32 on disk and in memory, whatever the dtype of the rest."""
 SPECIAL_TOKENS: Final = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -144,7 +145,7 @@ def _check_ignorable(name: str, config: ModelConfig, reader: TensorReader, skipp
 
 def _prediction_layers(raw: Mapping[str, Any], config: ModelConfig) -> range:
     """Multi-token prediction layers stand after the decoder's own (DeepSeek-V3: layer 61)."""
-    if config.family != "deepseek_v3":
+    if config.mla is None:
         return range(0)
     count = raw.get("num_nextn_predict_layers", raw.get("num_mtp_layers", 1)) or 0
     return range(config.num_layers, config.num_layers + count)

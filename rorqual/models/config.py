@@ -6,7 +6,7 @@ from typing import Literal
 
 from rorqual.records import Record
 
-Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"]
+Family = Literal["llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa"]
 
 
 class RopeConfig(Record):
@@ -62,9 +62,32 @@ class MoEConfig(Record):
     balance_rate: float = 1e-3
 
 
+class DSAConfig(Record):
+    """DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv 2512.02556, section 2.1): a lightning indexer beside each layer's
+    attention, and how many keys it selects.
+
+    top_k: keys a query attends to. num_heads and head_dim: those of the indexer. rope_dim: its rotary dimensions, which
+    come first; `interleaved` says how they pair (DeepSeek-V3.2's do not, unlike those of its main attention; GLM's do).
+    shared_layers: layers without an indexer, which take the selection of the layer below (IndexShare, arXiv
+    2603.12201). hadamard and fp8: turn queries and keys, and round them as the release does before they are scored.
+    """
+
+    top_k: int = 2048
+    num_heads: int = 64
+    head_dim: int = 128
+    rope_dim: int = 64
+    interleaved: bool = False
+    k_norm_eps: float = 1e-6
+    hadamard: bool = False
+    fp8: bool = False
+    shared_layers: tuple[int, ...] = ()
+
+
 class ModelConfig(Record):
     """A decoder-only transformer. `mla=None` is grouped-query attention; `moe=None` is dense.
 
+    attention: "dense" attends to all keys; with `dsa` set it still carries the indexers, to be warmed up. "dsa" attends
+    to what they select.
     Raises: ValueError naming the field for sizes that do not fit together.
     """
 
@@ -84,7 +107,8 @@ class ModelConfig(Record):
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    attention: Literal["dense"] = "dense"
+    attention: Literal["dense", "dsa"] = "dense"
+    dsa: DSAConfig | None = None
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     initializer_range: float = 0.02
@@ -100,6 +124,17 @@ class ModelConfig(Record):
             raise ValueError(f"The rotary dimension is {rope_dim}; it must be even.")
         if self.moe is not None:
             _check_experts(self.moe)
+        if self.attention == "dsa" and self.dsa is None:
+            raise ValueError('ModelConfig.attention = "dsa" needs ModelConfig.dsa, the sizes of the indexer.')
+        if self.dsa is not None:
+            _check_indexer(self.dsa, self.num_layers)
+
+    @property
+    def indexer_layers(self) -> tuple[int, ...]:
+        """Indices of the layers with an indexer of their own; selections are recorded in this order."""
+        if self.dsa is None:
+            return ()
+        return tuple(i for i in range(self.num_layers) if i not in self.dsa.shared_layers)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -117,4 +152,22 @@ def _check_experts(moe: MoEConfig) -> None:
         raise ValueError(
             f"MoEConfig.experts_per_token = {moe.experts_per_token} is out of range: {moe.groups_per_token} groups "
             f"hold {reachable} experts."
+        )
+
+
+def _check_indexer(dsa: DSAConfig, num_layers: int) -> None:
+    for name in ("top_k", "num_heads", "head_dim"):
+        if getattr(dsa, name) < 1:
+            raise ValueError(f"DSAConfig.{name} = {getattr(dsa, name)}; expected at least 1.")
+    if dsa.rope_dim % 2 or not 0 <= dsa.rope_dim <= dsa.head_dim:
+        raise ValueError(
+            f"DSAConfig.rope_dim = {dsa.rope_dim} must be even and at most head_dim = {dsa.head_dim}: it is the rotary "
+            "part of an index head."
+        )
+    if dsa.hadamard and dsa.head_dim & (dsa.head_dim - 1):
+        raise ValueError(f"DSAConfig.hadamard needs a head_dim that is a power of two; it is {dsa.head_dim}.")
+    if 0 in dsa.shared_layers or not set(dsa.shared_layers) <= set(range(num_layers)):
+        raise ValueError(
+            f"DSAConfig.shared_layers = {list(dsa.shared_layers)}: layer 0 has no layer below it to take a selection "
+            f"from, and the model has {num_layers} layers."
         )

@@ -10,30 +10,60 @@ experts a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rorqual.models.attention import GroupedQueryAttention, attention_class
+from rorqual.models.attention import GroupedQueryAttention
 from rorqual.models.cache import CachedLayout, KVCache
 from rorqual.models.config import ModelConfig
 from rorqual.models.fused import FusedBlock, decode_fused
+from rorqual.models.kinds import build_attention, cache_widths
 from rorqual.models.layout import PackedLayout
 from rorqual.models.moe import MLP, Experts, MixtureOfExperts, Router
 from rorqual.models.pointwise import RMSNorm
-from rorqual.models.rope import Rope, Rotation
+from rorqual.models.rope import Rope
+from rorqual.models.sparse import IndexerLoss, Rotations, SparseAttention, SparseRequest
 
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden: [T, D] or [R, Q, D], after the last norm. routes: int64 [tokens, L, K], None without experts."""
+    """hidden: [T, D] or [R, Q, D], after the last norm. routes: int64 [tokens, L, K], None without experts.
+
+    selections: int64 [tokens, layers with an indexer, selected], None where all keys are attended to as a matter of
+    config. indexer_losses: one a layer with an indexer, where they were asked for.
+    """
 
     hidden: Tensor
     routes: Tensor | None
+    selections: Tensor | None = None
+    indexer_losses: tuple[IndexerLoss, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockInput:
+    """What is given to a block beside the tokens: experts [T, K] and selection to use instead of its own choice, and
+    the weights of the queries in the indexer's loss."""
+
+    experts_TK: Tensor | None = None
+    selected_TS: Tensor | None = None
+    loss_weight_T: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BlockOutput:
+    """experts_TK and selected_TS: what the tokens visited and selected."""
+
+    x_TD: Tensor
+    experts_TK: Tensor | None
+    selected_TS: Tensor | None = None
+    indexer_loss: IndexerLoss | None = None
 
 
 class Block(nn.Module):
@@ -42,7 +72,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = attention_class(config)(config)
+        self.self_attn = build_attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: MLP | MixtureOfExperts
         if config.moe is not None and layer in config.moe_layers:
@@ -50,20 +80,33 @@ class Block(nn.Module):
         else:
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.fused: FusedBlock | None = None
-        if isinstance(self.self_attn, GroupedQueryAttention) and isinstance(self.mlp, MLP):
+        if type(self.self_attn) is GroupedQueryAttention and isinstance(self.mlp, MLP):
             self.fused = FusedBlock(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
 
-    def forward(
-        self, x_TD: Tensor, rotation: Rotation, layout: PackedLayout, forced_TK: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, layout)
-        return self._feed_forward(x_TD, forced_TK)
+    def forward(self, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, given: BlockInput) -> BlockOutput:
+        normed_TD, attention = self.input_layernorm(x_TD), self.self_attn
+        if not isinstance(attention, SparseAttention):
+            x_TD = x_TD + attention(normed_TD, rotations.main, layout)
+            return BlockOutput(*self._feed_forward(x_TD, given.experts_TK))
+        request = SparseRequest(given.selected_TS, given.loss_weight_T)
+        sparse = attention.forward_sparse(normed_TD, rotations, layout, request)
+        after = self._feed_forward(x_TD + sparse.out_TD, given.experts_TK)
+        return BlockOutput(*after, sparse.selected_TS, sparse.loss)
 
     def forward_cached(
-        self, x_ND: Tensor, rotation: Rotation, columns: list[Tensor], layout: CachedLayout
-    ) -> tuple[Tensor, Tensor | None]:
-        x_ND = x_ND + self.self_attn.forward_cached(self.input_layernorm(x_ND), rotation, columns, layout)
-        return self._feed_forward(x_ND, None)
+        self,
+        x_ND: Tensor,
+        rotations: Rotations,
+        columns: list[Tensor],
+        layout: CachedLayout,
+        selected_NS: Tensor | None,
+    ) -> BlockOutput:
+        normed_ND, attention = self.input_layernorm(x_ND), self.self_attn
+        if not isinstance(attention, SparseAttention):
+            x_ND = x_ND + attention.forward_cached(normed_ND, rotations.main, columns, layout)
+            return BlockOutput(*self._feed_forward(x_ND, None))
+        sparse = attention.forward_cached_sparse(normed_ND, rotations, columns, layout, selected_NS)
+        return BlockOutput(*self._feed_forward(x_ND + sparse.out_TD, None), sparse.selected_TS)
 
     def _feed_forward(self, x_TD: Tensor, forced_TK: Tensor | None) -> tuple[Tensor, Tensor | None]:
         normed_TD = self.post_attention_layernorm(x_TD)
@@ -88,6 +131,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rope = Rope(config.rope, config.mla.qk_rope_head_dim if config.mla else config.head_dim)
+        self.index_rope: Rope | None = None
+        if config.dsa is not None and config.dsa.rope_dim:
+            index_rope = msgspec.structs.replace(config.rope, interleaved=config.dsa.interleaved)
+            self.index_rope = Rope(index_rope, config.dsa.rope_dim)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -95,31 +142,77 @@ class Decoder(nn.Module):
         """Weight that turns hidden states into logits; the embedding itself when tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, token_ids_T: Tensor, layout: PackedLayout, routes_TLK: Tensor | None = None) -> DecoderOutput:
+    def forward(
+        self,
+        token_ids_T: Tensor,
+        layout: PackedLayout,
+        routes_TLK: Tensor | None = None,
+        selections_TLS: Tensor | None = None,
+        indexer_weight_T: Tensor | None = None,
+    ) -> DecoderOutput:
         """Hidden states [T, D] of packed tokens. `routes_TLK` forces the experts; rows of -1 leave the router free.
 
-        Raises: ValueError when the routes are not those of T tokens and of this model's mixture-of-experts layers.
+        selections_TLS: forces what the layers with an indexer select. indexer_weight_T: asks for the indexers' losses,
+        with these weights of the queries.
+        Raises: ValueError when routes or selections are not those of T tokens and of this model's layers.
         """
         forced = self._forced_experts(routes_TLK, len(token_ids_T))
+        selections = self._forced_selections(selections_TLS, len(token_ids_T))
         x_TD = self.embed_tokens(token_ids_T)
-        rotation = self.rope(layout.positions_T, x_TD.dtype)
-        chosen: list[Tensor] = []
+        rotations = self._rotations(layout.positions_T, x_TD.dtype)
+        outputs: list[BlockOutput] = []
+        selected_TS: Tensor | None = None
         for layer, block in enumerate(self.layers):
-            x_TD, experts_TK = self._run_block(cast(Block, block), x_TD, rotation, layout, forced.get(layer))
-            if experts_TK is not None:
-                chosen.append(experts_TK)
-        return DecoderOutput(self.norm(x_TD), torch.stack(chosen, dim=1) if chosen else None)
+            below_TS = selected_TS if self._shares_selection(layer) else selections.get(layer)
+            given = BlockInput(forced.get(layer), below_TS, indexer_weight_T)
+            output = self._run_block(cast(Block, block), x_TD, rotations, layout, given)
+            x_TD, selected_TS = output.x_TD, output.selected_TS
+            outputs.append(output)
+        return DecoderOutput(self.norm(x_TD), *self._chosen(outputs), self._losses(outputs))
+
+    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+        main = self.rope(positions, dtype)
+        return Rotations(main, main if self.index_rope is None else self.index_rope(positions, dtype))
+
+    def _shares_selection(self, layer: int) -> bool:
+        return self.config.dsa is not None and layer in self.config.dsa.shared_layers
+
+    def _chosen(self, outputs: Sequence[BlockOutput]) -> tuple[Tensor | None, Tensor | None]:
+        """Experts [tokens, L, K] and selections of the layers with an indexer."""
+        experts = [output.experts_TK for output in outputs if output.experts_TK is not None]
+        selected = [outputs[layer].selected_TS for layer in self.config.indexer_layers]
+        present = [each for each in selected if each is not None]
+        return (
+            torch.stack(experts, dim=1) if experts else None,
+            torch.stack(present, dim=1) if present else None,
+        )
+
+    def _losses(self, outputs: Sequence[BlockOutput]) -> tuple[IndexerLoss, ...]:
+        return tuple(output.indexer_loss for output in outputs if output.indexer_loss is not None)
 
     def _run_block(
-        self, block: Block, x_TD: Tensor, rotation: Rotation, layout: PackedLayout, forced_TK: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+        self, block: Block, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, given: BlockInput
+    ) -> BlockOutput:
         if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-            x_TD, experts_TK = _checkpointed(block, x_TD, rotation, layout, forced_TK)
+            output = _checkpointed(block, x_TD, rotations, layout, given)
         else:
-            x_TD, experts_TK = block(x_TD, rotation, layout, forced_TK)
-        if self.training and experts_TK is not None and isinstance(block.mlp, MixtureOfExperts):
-            block.mlp.gate.count(experts_TK)
-        return x_TD, experts_TK
+            output = block(x_TD, rotations, layout, given)
+        if self.training and output.experts_TK is not None and isinstance(block.mlp, MixtureOfExperts):
+            block.mlp.gate.count(output.experts_TK)
+        return output
+
+    def _forced_selections(self, selections_TLS: Tensor | None, num_tokens: int) -> dict[int, Tensor]:
+        """The forced selection [T, S] of each layer with an indexer, by the layer's index."""
+        if selections_TLS is None:
+            return {}
+        layers = self.config.indexer_layers if self.config.attention == "dsa" else ()
+        if tuple(selections_TLS.shape[:2]) != (num_tokens, len(layers)):
+            raise ValueError(
+                f"The recorded selections are {list(selections_TLS.shape)}; expected [tokens, layers that select, "
+                f"selected keys] = {[num_tokens, len(layers), 'any']}. They come from another model, or from other "
+                "tokens: sample anew, or do without."
+            )
+        return {layer: selections_TLS[:, index] for index, layer in enumerate(layers)}
 
     def _forced_experts(self, routes_TLK: Tensor | None, num_tokens: int) -> dict[int, Tensor]:
         """The forced experts [T, K] of each mixture-of-experts layer, by the layer's index."""
@@ -138,18 +231,19 @@ class Decoder(nn.Module):
     def forward_cached(self, token_ids_RQ: Tensor, cache: KVCache, layout: CachedLayout) -> DecoderOutput:
         """Hidden states [R, Q, D] of new tokens, which are written to the cache; routes are [R*Q, L, K]."""
         x_ND = self.embed_tokens(token_ids_RQ.flatten())
-        rotation = self.rope(layout.positions_RQ.flatten(), x_ND.dtype)
+        rotations = self._rotations(layout.positions_RQ.flatten(), x_ND.dtype)
         blocks = [cast(Block, block) for block in self.layers]
-        fused_RD = decode_fused([block.fused for block in blocks], x_ND, rotation, cache, layout)
+        fused_RD = decode_fused([block.fused for block in blocks], x_ND, rotations.main, cache, layout)
         if fused_RD is not None:
             return DecoderOutput(self.norm(fused_RD).unsqueeze(1), None)
-        chosen: list[Tensor] = []
-        for block, columns in zip(blocks, cache.columns, strict=True):
-            x_ND, experts = block.forward_cached(x_ND, rotation, columns, layout)
-            if experts is not None:
-                chosen.append(experts)
-        hidden_RQD = self.norm(x_ND).view(*token_ids_RQ.shape, -1)
-        return DecoderOutput(hidden_RQD, torch.stack(chosen, dim=1) if chosen else None)
+        outputs: list[BlockOutput] = []
+        selected_NS: Tensor | None = None
+        for layer, (block, columns) in enumerate(zip(blocks, cache.columns, strict=True)):
+            below_NS = selected_NS if self._shares_selection(layer) else None
+            output = block.forward_cached(x_ND, rotations, columns, layout, below_NS)
+            x_ND, selected_NS = output.x_TD, output.selected_TS
+            outputs.append(output)
+        return DecoderOutput(self.norm(x_ND).view(*token_ids_RQ.shape, -1), *self._chosen(outputs))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., D] -> [..., V]."""
@@ -157,8 +251,8 @@ class Decoder(nn.Module):
 
     def new_cache(self, num_slots: int, capacity: int) -> KVCache:
         """An empty cache in the model's dtype, on its device."""
-        widths = attention_class(self.config).cache_widths(self.config)
-        return KVCache(self.config.num_layers, widths, num_slots, capacity, like=self.embed_tokens.weight)
+        widths = [cache_widths(self.config, layer) for layer in range(self.config.num_layers)]
+        return KVCache(widths, num_slots, capacity, like=self.embed_tokens.weight)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:
@@ -194,16 +288,17 @@ class Decoder(nn.Module):
 
 
 def _checkpointed(
-    block: Block, x_TD: Tensor, rotation: Rotation, layout: PackedLayout, forced_TK: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The block's output. Its second run, in backward, is forced to the experts that the first one chose."""
-    chosen: list[Tensor | None] = []
+    block: Block, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, given: BlockInput
+) -> BlockOutput:
+    """The block's output. Its second run, in backward, is given the experts and the selection of the first one."""
+    first: list[BlockInput] = []
 
-    def run(x_TD: Tensor) -> tuple[Tensor, Tensor | None]:
-        out_TD, experts_TK = block(x_TD, rotation, layout, chosen[0] if chosen else forced_TK)
-        if not chosen:
-            chosen.append(experts_TK)
-        return out_TD, experts_TK
+    def run(x_TD: Tensor) -> BlockOutput:
+        if first:
+            return cast(BlockOutput, block(x_TD, rotations, layout, first[0]))
+        output: BlockOutput = block(x_TD, rotations, layout, given)
+        first.append(replace(given, experts_TK=output.experts_TK, selected_TS=output.selected_TS))
+        return output
 
-    output: tuple[Tensor, Tensor | None] = checkpoint(run, x_TD, use_reentrant=False, preserve_rng_state=False)
+    output: BlockOutput = checkpoint(run, x_TD, use_reentrant=False, preserve_rng_state=False)
     return output

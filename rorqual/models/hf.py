@@ -23,7 +23,15 @@ ARCHITECTURES: Final[dict[str, Family]] = {
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "DeepseekV3ForCausalLM": "deepseek_v3",
+    "DeepseekV32ForCausalLM": "deepseek_v32",
+    "GlmMoeDsaForCausalLM": "glm_moe_dsa",
 }
+
+ALWAYS_INDEXED: Final[tuple[Family, ...]] = ("deepseek_v32", "glm_moe_dsa")
+"""Families whose every layer selects its keys. Of the others, this library writes indexers under a name of its own."""
+
+INDEXED_PREFIX: Final = "Dsa"
+"""`DsaQwen3ForCausalLM` is Qwen3 with indexers, which no other library knows: better refused there than run dense."""
 
 UNSUPPORTED: Final[dict[str, float | None]] = {
     "attn_logit_softcapping": None,
@@ -81,7 +89,7 @@ def from_hf_config(raw: Raw) -> ModelConfig:
     """
     family = _family(raw)
     _refuse_unsupported(raw, family)
-    fields = {**_common(raw, family), **_FAMILY_FIELDS[family](raw)}
+    fields = {**_common(raw, family), **_FAMILY_FIELDS[family](raw, family), **_indexer(raw, family)}
     try:
         return msgspec.convert(fields, ModelConfig)
     except msgspec.ValidationError as error:
@@ -107,7 +115,7 @@ def _family(raw: Raw) -> Family:
     names = raw.get("architectures") or []
     if names:
         found = names[0]
-        family = ARCHITECTURES.get(found)
+        family = ARCHITECTURES.get(found.removeprefix(INDEXED_PREFIX))
     else:
         found = raw.get("model_type")
         family = next((family for family in ARCHITECTURES.values() if family == found), None)
@@ -121,6 +129,8 @@ def _refuse_unsupported(raw: Raw, family: Family) -> None:
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act = {activation!r} is not supported; expected 'silu'.")
     for name, neutral in UNSUPPORTED.items():
+        if name == "index_topk" and _is_indexed(raw, family):
+            continue
         if raw.get(name) not in (None, neutral):
             raise ValueError(f"{name} = {raw[name]!r} is not supported; the decoder has no such option.")
     if _slides(raw, family):
@@ -133,8 +143,8 @@ def _refuse_unsupported(raw: Raw, family: Family) -> None:
 def _slides(raw: Raw, family: Family) -> bool:
     layer_types = raw.get("layer_types")
     if layer_types is not None:
-        return any(kind != "full_attention" for kind in layer_types)
-    if family in ("llama", "deepseek_v3"):
+        return any(kind not in ("full_attention", "indexed_attention") for kind in layer_types)
+    if family in ("llama", "deepseek_v3", *ALWAYS_INDEXED):
         return raw.get("sliding_window") is not None
     if not raw.get("use_sliding_window", False) or raw.get("sliding_window", 4096) is None:
         return False
@@ -205,7 +215,7 @@ def _head_dim(raw: Raw) -> int:
     return int(_or(raw, "head_dim", _require(raw, "hidden_size") // _require(raw, "num_attention_heads")))
 
 
-def _llama(raw: Raw) -> dict[str, Any]:
+def _llama(raw: Raw, family: Family) -> dict[str, Any]:
     bias = _or(raw, "attention_bias", False)
     return {
         "head_dim": _head_dim(raw),
@@ -215,16 +225,16 @@ def _llama(raw: Raw) -> dict[str, Any]:
     }
 
 
-def _qwen2(raw: Raw) -> dict[str, Any]:
+def _qwen2(raw: Raw, family: Family) -> dict[str, Any]:
     return {"head_dim": _head_dim(raw), "qkv_bias": True}
 
 
-def _qwen3(raw: Raw) -> dict[str, Any]:
+def _qwen3(raw: Raw, family: Family) -> dict[str, Any]:
     bias = _or(raw, "attention_bias", False)
     return {"head_dim": _or(raw, "head_dim", 128), "qkv_bias": bias, "output_bias": bias, "qk_norm": True}
 
 
-def _qwen3_moe(raw: Raw) -> dict[str, Any]:
+def _qwen3_moe(raw: Raw, family: Family) -> dict[str, Any]:
     num_experts = _or(raw, "num_experts", _or(raw, "num_local_experts", 128))
     num_layers = _require(raw, "num_hidden_layers")
     plain, step = set(_or(raw, "mlp_only_layers", [])), _or(raw, "decoder_sparse_step", 1)
@@ -237,10 +247,10 @@ def _qwen3_moe(raw: Raw) -> dict[str, Any]:
         "normalize_weights": _or(raw, "norm_topk_prob", False),
         "dense_layers": dense,
     }
-    return {**_qwen3(raw), "head_dim": _head_dim(raw), "moe": moe if num_experts else None}
+    return {**_qwen3(raw, family), "head_dim": _head_dim(raw), "moe": moe if num_experts else None}
 
 
-def _deepseek_v3(raw: Raw) -> dict[str, Any]:
+def _deepseek_v3(raw: Raw, family: Family) -> dict[str, Any]:
     for name, expected in {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}.items():
         if raw.get(name, expected) != expected:
             raise ValueError(f"{name} = {raw[name]!r} is not supported for deepseek_v3; expected {expected!r}.")
@@ -254,7 +264,7 @@ def _deepseek_v3(raw: Raw) -> dict[str, Any]:
     return {
         "num_kv_heads": _require(raw, "num_attention_heads"),
         "head_dim": mla["qk_nope_head_dim"] + mla["qk_rope_head_dim"],
-        "rope": {**_rope(raw), "interleaved": _or(raw, "rope_interleave", True)},
+        "rope": {**_rope(raw), "interleaved": family in ALWAYS_INDEXED or _or(raw, "rope_interleave", True)},
         "qkv_bias": bias,
         "output_bias": bias,
         "mla": mla,
@@ -262,10 +272,48 @@ def _deepseek_v3(raw: Raw) -> dict[str, Any]:
     }
 
 
+def _is_indexed(raw: Raw, family: Family) -> bool:
+    return family in ALWAYS_INDEXED or (raw.get("architectures") or [""])[0].startswith(INDEXED_PREFIX)
+
+
+def _indexer(raw: Raw, family: Family) -> dict[str, Any]:
+    """DSA, under the names of DeepSeek-V3.2 and GLM; `index_rope_dim` and those below it are this library's own."""
+    if not _is_indexed(raw, family):
+        return {}
+    num_layers = _require(raw, "num_hidden_layers")
+    shared = [layer for layer, kind in enumerate(_indexer_types(raw, num_layers)) if kind == "shared"]
+    attention = _or(raw, "index_attention", "dsa")
+    return {
+        "attention": attention,
+        "dsa": {
+            "top_k": _require(raw, "index_topk"),
+            "num_heads": _require(raw, "index_n_heads"),
+            "head_dim": _require(raw, "index_head_dim"),
+            "rope_dim": _or(raw, "index_rope_dim", raw.get("qk_rope_head_dim", 0)),
+            "interleaved": _or(raw, "indexer_rope_interleave", family == "glm_moe_dsa"),
+            "hadamard": _or(raw, "index_hadamard", False),
+            "fp8": _or(raw, "index_fp8", False),
+            "k_norm_eps": _or(raw, "index_k_norm_eps", 1e-6),
+            "shared_layers": shared if family == "glm_moe_dsa" else (),
+        },
+    }
+
+
+def _indexer_types(raw: Raw, num_layers: int) -> list[str]:
+    """GLM's pattern of layers with an indexer ("full") and without ("shared"), in its three spellings."""
+    given = raw.get("indexer_types") or raw.get("index_topk_pattern")
+    if given is not None:
+        types = [{"F": "full", "S": "shared"}.get(kind, kind) for kind in given]
+        if len(types) != num_layers or not set(types) <= {"full", "shared"}:
+            raise ValueError(f"indexer_types = {given!r}: expected 'full' or 'shared' for each of {num_layers} layers.")
+        return types
+    every, offset = max(_or(raw, "index_topk_freq", 1), 1), _or(raw, "index_skip_topk_offset", 2)
+    return ["shared" if max(layer - offset + 1, 0) % every else "full" for layer in range(num_layers)]
+
+
 def _deepseek_moe(raw: Raw) -> dict[str, Any] | None:
     if not raw.get("n_routed_experts"):
         return None
-    first, every = _require(raw, "first_k_dense_replace"), _or(raw, "moe_layer_freq", 1)
     num_layers = _require(raw, "num_hidden_layers")
     return {
         "num_experts": raw["n_routed_experts"],
@@ -276,8 +324,15 @@ def _deepseek_moe(raw: Raw) -> dict[str, Any] | None:
         "groups_per_token": _require(raw, "topk_group"),
         "normalize_weights": _require(raw, "norm_topk_prob"),
         "routed_scaling": _require(raw, "routed_scaling_factor"),
-        "dense_layers": [layer for layer in range(num_layers) if layer < first or layer % every],
+        "dense_layers": _dense_layers(raw, num_layers),
     }
+
+
+def _dense_layers(raw: Raw, num_layers: int) -> list[int]:
+    if raw.get("mlp_layer_types") is not None:
+        return [layer for layer, kind in enumerate(raw["mlp_layer_types"]) if kind == "dense"]
+    first, every = _require(raw, "first_k_dense_replace"), _or(raw, "moe_layer_freq", 1)
+    return [layer for layer in range(num_layers) if layer < first or layer % every]
 
 
 _FAMILY_FIELDS: Final = {
@@ -286,4 +341,6 @@ _FAMILY_FIELDS: Final = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "deepseek_v3": _deepseek_v3,
+    "deepseek_v32": _deepseek_v3,
+    "glm_moe_dsa": _deepseek_v3,
 }

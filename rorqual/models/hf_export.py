@@ -6,8 +6,8 @@ from typing import Any
 
 import msgspec
 
-from rorqual.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
-from rorqual.models.hf import ARCHITECTURES, ROPE_FIELDS, Raw, from_hf_config
+from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from rorqual.models.hf import ALWAYS_INDEXED, ARCHITECTURES, INDEXED_PREFIX, ROPE_FIELDS, Raw, from_hf_config
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -17,8 +17,7 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     Raises: ValueError naming the fields that the family cannot express.
     """
     raw: dict[str, Any] = {
-        "architectures": [name for name, family in ARCHITECTURES.items() if family == config.family],
-        "model_type": config.family,
+        **_names(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -42,8 +41,37 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
         raw["mlp_bias"] = config.mlp_bias
     raw.update(_mla_to_hf(config, config.mla) if config.mla else {})
     raw.update(_moe_to_hf(config, config.moe) if config.moe else {})
+    raw.update(_indexer_to_hf(config, config.dsa) if config.dsa else {})
     _check_expressible(config, raw)
     return raw
+
+
+def _names(config: ModelConfig) -> dict[str, Any]:
+    (name,) = [name for name, family in ARCHITECTURES.items() if family == config.family]
+    if config.dsa is None or config.family in ALWAYS_INDEXED:
+        return {"architectures": [name], "model_type": config.family}
+    return {"architectures": [INDEXED_PREFIX + name], "model_type": f"dsa_{config.family}"}
+
+
+def _indexer_to_hf(config: ModelConfig, dsa: DSAConfig) -> dict[str, Any]:
+    """Under DeepSeek's and GLM's names; what they leave unsaid only where it is not what they mean."""
+    raw: dict[str, Any] = {
+        "index_topk": dsa.top_k,
+        "index_n_heads": dsa.num_heads,
+        "index_head_dim": dsa.head_dim,
+        "indexer_rope_interleave": dsa.interleaved,
+    }
+    if config.family == "glm_moe_dsa":
+        types = ["shared" if layer in dsa.shared_layers else "full" for layer in range(config.num_layers)]
+        raw["indexer_types"] = types
+    own = {
+        "index_attention": (config.attention, "dsa"),
+        "index_rope_dim": (dsa.rope_dim, config.mla.qk_rope_head_dim if config.mla else 0),
+        "index_hadamard": (dsa.hadamard, False),
+        "index_fp8": (dsa.fp8, False),
+        "index_k_norm_eps": (dsa.k_norm_eps, 1e-6),
+    }
+    return raw | {name: value for name, (value, understood) in own.items() if value != understood}
 
 
 def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
@@ -54,12 +82,13 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def _mla_to_hf(config: ModelConfig, mla: MLAConfig) -> dict[str, Any]:
+    told = {} if config.family in ALWAYS_INDEXED else {"rope_interleave": config.rope.interleaved}
     return {
         **msgspec.structs.asdict(mla),
         "num_key_value_heads": config.num_heads,
         "head_dim": mla.qk_rope_head_dim,
-        "rope_interleave": config.rope.interleaved,
         "num_nextn_predict_layers": 0,
+        **told,
     }
 
 

@@ -31,6 +31,12 @@ class AttentionBlock:
     query_valid_RQ: Tensor | None = None
     key_valid_RK: Tensor | None = None
 
+    def last_key_RQ(self) -> Tensor:
+        """The last key that each query sees."""
+        num_rows, num_queries = self.query_index_RQ.shape
+        num_keys = self.key_index_RK.shape[1]
+        return torch.arange(num_keys - num_queries, num_keys, device=self.key_index_RK.device).expand(num_rows, -1)
+
     def mask_RQK(self) -> Tensor | None:
         """True where a query may look. None when plain causal masking of a square block says it all."""
         num_queries, num_keys = self.query_index_RQ.shape[1], self.key_index_RK.shape[1]
@@ -53,6 +59,16 @@ class PackedLayout:
     positions_T: Tensor
     blocks: tuple[AttentionBlock, ...]
     gather_T: Tensor | None = None
+
+    @property
+    def num_keys(self) -> int:
+        """Of the longest row."""
+        return max(block.key_index_RK.shape[1] for block in self.blocks)
+
+    def in_packed_order(self, outputs_RQ: Sequence[Tensor]) -> Tensor:
+        """What the blocks gave for their queries, [R, Q, ...] each, as [T, ...]."""
+        flat = torch.cat([output.flatten(0, 1) for output in outputs_RQ])
+        return flat if self.gather_T is None else flat.index_select(0, self.gather_T)
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ These are the twins: one line an equation, in any float dtype, differentiable by
 `dsa_tiled.py` computes the same in bounded memory, and is compared with this file, output by output and gradient by
 gradient. DeepSeek-V3.2, arXiv 2512.02556, section 2.1.
 
-Visible keys: query i of Q sees the keys 0 ... K - Q + i of K (causal, aligned at the end), but for those that
-`key_valid_RK` switches off.
+Visible keys: each query sees the keys up to its last one, `last_RQ`, but for those that `key_valid_RK` switches off.
 
 Shapes: R rows, Q queries a row, K keys a row, S selected keys, H heads, G key-value heads, J = H/G heads that share
 keys, E head dimension, V value dimension, I index heads, C index dimension.
@@ -45,13 +44,10 @@ def index_scores(q_RQIC: Tensor, k_RKC: Tensor, weight_RQI: Tensor) -> Tensor:
     return torch.einsum("rqik,rqi->rqk", products_RQIK.relu(), weight_RQI.to(dtype))
 
 
-def visible_keys(
-    num_queries: int, num_keys: int, key_valid_RK: Tensor | None, device: torch.device | None = None
-) -> Tensor:
-    """True where a query may look: [R or 1, Q, K]."""
-    last_Q = torch.arange(num_queries, device=device) + (num_keys - num_queries)
-    causal_1QK = (torch.arange(num_keys, device=device) <= last_Q[:, None])[None]
-    return causal_1QK if key_valid_RK is None else causal_1QK & key_valid_RK[:, None]
+def visible_keys(last_RQ: Tensor, num_keys: int, key_valid_RK: Tensor | None = None) -> Tensor:
+    """True where a query may look: [R, Q, K]."""
+    causal_RQK = torch.arange(num_keys, device=last_RQ.device) <= last_RQ[..., None]
+    return causal_RQK if key_valid_RK is None else causal_RQK & key_valid_RK[:, None]
 
 
 def select(scores_RQK: Tensor, visible_RQK: Tensor, top_k: int) -> Tensor:

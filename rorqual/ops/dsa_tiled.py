@@ -29,18 +29,25 @@ def tiles(num_queries: int, elements_per_query: int) -> Iterator[slice]:
         yield slice(start, min(start + width, num_queries))
 
 
-def select_keys(q_RQIC: Tensor, k_RKC: Tensor, weight_RQI: Tensor, key_valid_RK: Tensor | None, top_k: int) -> Tensor:
+def select_keys(index: dsa.IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor | None, top_k: int) -> Tensor:
     """`dsa.select` of `dsa.index_scores`: int64 [R, Q, min(top_k, K)]. Nothing here is differentiated."""
-    num_rows, num_queries, num_keys = len(k_RKC), q_RQIC.shape[1], k_RKC.shape[1]
-    selected_RQS = torch.full((num_rows, num_queries, min(top_k, num_keys)), -1, device=q_RQIC.device)
+    num_rows, num_keys = index.k.shape[:2]
+    if num_keys <= top_k:
+        return select_all(last_RQ, num_keys, key_valid_RK)
+    selected_RQS = torch.full((*last_RQ.shape, top_k), -1, device=last_RQ.device)
     with torch.no_grad():
-        for tile in tiles(num_queries, num_rows * num_keys):
-            seen = num_keys - num_queries + tile.stop  # No query of the tile looks further.
-            scores_RXK = _tile_scores(q_RQIC[:, tile], k_RKC[:, :seen], weight_RQI[:, tile])
-            visible_RXK = _visible(tile, seen, key_valid_RK, q_RQIC.device)
-            found_RXS = dsa.select(scores_RXK, visible_RXK, top_k)
+        for tile in tiles(last_RQ.shape[1], num_rows * num_keys):
+            seen = int(last_RQ[:, tile].max()) + 1  # No query of the tile looks further.
+            scores_RXK = _tile_scores(index.q[:, tile], index.k[:, :seen], index.weight[:, tile])
+            found_RXS = dsa.select(scores_RXK, _visible(last_RQ, tile, seen, key_valid_RK), top_k)
             selected_RQS[:, tile, : found_RXS.shape[-1]] = found_RXS
     return selected_RQS
+
+
+def select_all(last_RQ: Tensor, num_keys: int, key_valid_RK: Tensor | None) -> Tensor:
+    """Every visible key, without a score: int64 [R, Q, K]."""
+    visible_RQK = dsa.visible_keys(last_RQ, num_keys, key_valid_RK)
+    return dsa.select(visible_RQK.float(), visible_RQK, num_keys)
 
 
 def _tile_scores(q_RXIC: Tensor, k_RKC: Tensor, weight_RXI: Tensor) -> Tensor:
@@ -54,9 +61,8 @@ def _tile_scores(q_RXIC: Tensor, k_RKC: Tensor, weight_RXI: Tensor) -> Tensor:
     return scores_RXK
 
 
-def _visible(tile: slice, seen: int, key_valid_RK: Tensor | None, device: torch.device) -> Tensor:
-    valid_RK = None if key_valid_RK is None else key_valid_RK[:, :seen]
-    return dsa.visible_keys(tile.stop - tile.start, seen, valid_RK, device)
+def _visible(last_RQ: Tensor, tile: slice, seen: int, key_valid_RK: Tensor | None) -> Tensor:
+    return dsa.visible_keys(last_RQ[:, tile], seen, None if key_valid_RK is None else key_valid_RK[:, :seen])
 
 
 def sparse_attention(q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQS: Tensor, scale: float) -> Tensor:
@@ -123,56 +129,57 @@ def _add_to_keys(total_RKGE: Tensor, parts_RXSGE: Tensor, selected_RXS: Tensor) 
     flat.index_add_(0, place, parts_RXSGE.to(total_RKGE.dtype).reshape(len(place), -1))
 
 
+class MainAttention(NamedTuple):
+    """What the indexer learns from: queries [R, Q, H, E] and keys [R, K, G, E] of the main attention, its scale, and
+    which keys a query sees."""
+
+    q: Tensor
+    k: Tensor
+    scale: float
+    last_RQ: Tensor
+    key_valid_RK: Tensor | None = None
+
+
 def indexer_kl(
-    q_RQHE: Tensor,
-    k_RKGE: Tensor,
-    scale: float,
-    index: dsa.IndexerOutput,
-    row_weight_RQ: Tensor,
-    selected_RQS: Tensor | None = None,
-    key_valid_RK: Tensor | None = None,
+    main: MainAttention, index: dsa.IndexerOutput, row_weight_RQ: Tensor, selected_RQS: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`dsa.indexer_kl` weighted by query and summed: the loss; and, of each query, KL and KL to uniform [R, Q].
 
     selected_RQS: the keys that count; None takes all that are visible, as the warm-up must, because an indexer that is
     only asked about its own choice learns to confirm it. Gradients reach the three tensors of `index`, nothing else.
     """
-    problem = _Problem(q_RQHE.detach(), k_RKGE.detach(), scale, row_weight_RQ, selected_RQS, key_valid_RK)
-    loss, kl_RQ, uniform_RQ = _IndexerKL.apply(*index, problem)
+    constants = main._replace(q=main.q.detach(), k=main.k.detach())
+    loss, kl_RQ, uniform_RQ = _IndexerKL.apply(*index, _Problem(constants, row_weight_RQ, selected_RQS))
     return loss, kl_RQ, uniform_RQ
 
 
 class _Problem(NamedTuple):
     """The constants of the indexer's loss."""
 
-    q_RQHE: Tensor
-    k_RKGE: Tensor
-    scale: float
+    main: MainAttention
     row_weight_RQ: Tensor
     selected_RQS: Tensor | None
-    key_valid_RK: Tensor | None
 
     def tiles(self, index_heads: int) -> Iterator[slice]:
-        num_rows, num_queries = self.q_RQHE.shape[:2]
+        (num_rows, num_queries, num_heads, _), (_, num_keys, groups, width) = self.main.q.shape, self.main.k.shape
         if self.selected_RQS is None:
-            return tiles(num_queries, num_rows * self.k_RKGE.shape[1])
-        width = max(self.k_RKGE.shape[2] * self.k_RKGE.shape[3], self.q_RQHE.shape[2], index_heads)
-        return tiles(num_queries, num_rows * self.selected_RQS.shape[-1] * width)
+            return tiles(num_queries, num_rows * num_keys)
+        return tiles(num_queries, num_rows * self.selected_RQS.shape[-1] * max(groups * width, num_heads, index_heads))
 
     def target(self, tile: slice, seen: int) -> tuple[Tensor, Tensor]:
         """The main attention's share of each key, [R, X, N], and whether the key takes part."""
-        q_RXHE, k_RKGE = self.q_RQHE[:, tile], self.k_RKGE[:, :seen]
+        main, q_RXHE, k_RKGE = self.main, self.main.q[:, tile], self.main.k[:, :seen]
         if self.selected_RQS is not None:
             picked_RXS = self.selected_RQS[:, tile]
-            return dsa.attention_weights(q_RXHE, k_RKGE, picked_RXS, self.scale).mean(dim=2), picked_RXS >= 0
-        visible_RXK = _visible(tile, seen, self.key_valid_RK, q_RXHE.device)
-        heads_per_key = q_RXHE.shape[2] // k_RKGE.shape[2]
+            return dsa.attention_weights(q_RXHE, k_RKGE, picked_RXS, main.scale).mean(dim=2), picked_RXS >= 0
+        visible_RXK = _visible(main.last_RQ, tile, seen, main.key_valid_RK)
+        num_heads, heads_per_key = q_RXHE.shape[2], q_RXHE.shape[2] // k_RKGE.shape[2]
         total_RXK = q_RXHE.new_zeros(*q_RXHE.shape[:2], seen)
-        for head in range(q_RXHE.shape[2]):
+        for head in range(num_heads):
             keys_REK = k_RKGE[:, :, head // heads_per_key].transpose(1, 2)
-            scores_RXK = torch.bmm(q_RXHE[:, :, head], keys_REK).mul_(self.scale)
+            scores_RXK = torch.bmm(q_RXHE[:, :, head], keys_REK).mul_(main.scale)
             total_RXK += scores_RXK.masked_fill_(~visible_RXK, -math.inf).softmax(dim=-1)
-        return total_RXK.nan_to_num_(nan=0.0).div_(q_RXHE.shape[2]), visible_RXK
+        return total_RXK.masked_fill_(~visible_RXK, 0.0).div_(num_heads), visible_RXK
 
     def scores(self, tile: slice, q_RXIC: Tensor, k_RKC: Tensor, weight_RXI: Tensor) -> Tensor:
         """Index scores of the same keys, differentiable: [R, X, N]."""
@@ -195,7 +202,7 @@ class _IndexerKL(torch.autograd.Function):
         dtype = torch.promote_types(q_RQIC.dtype, torch.float32)
         kl_RQ, uniform_RQ = (torch.zeros_like(problem.row_weight_RQ, dtype=dtype) for _ in range(2))
         for tile in problem.tiles(q_RQIC.shape[2]):
-            seen = k_RKC.shape[1] - q_RQIC.shape[1] + tile.stop
+            seen = int(problem.main.last_RQ[:, tile].max()) + 1
             target_RXN, present_RXN = problem.target(tile, seen)
             with torch.set_grad_enabled(learns):
                 leaves = [

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from rorqual.models.checkpoints import load_checkpoint
-from rorqual.models.config import MLAConfig, ModelConfig, MoEConfig
+from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from rorqual.models.decoder import Decoder
 
 transformers = pytest.importorskip("transformers")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 VOCABULARY = 61
 
 
@@ -120,10 +120,25 @@ def deepseek_v3_options(rng: random.Random) -> dict[str, Any]:
     }
 
 
+def indexed_options(rng: random.Random, family: str) -> dict[str, Any]:
+    """V3.2 and GLM-5. So many keys are selected that attention is dense: which ones of equal score `transformers` takes
+    is not defined."""
+    options = {**deepseek_v3_options(rng), "q_lora_rank": rng.choice([10, 12]), "index_topk": 64}
+    del options["rope_interleave"]
+    options["index_n_heads"] = rng.choice([1, 3, 4])
+    options["index_head_dim"] = options["qk_rope_head_dim"] + rng.choice([0, 2, 8])
+    if family == "glm_moe_dsa" and rng.random() < 0.7:
+        layers = options["num_hidden_layers"]
+        options["indexer_types"] = ["full", *(rng.choice(["full", "shared"]) for _ in range(layers - 1))]
+    return options
+
+
 def family_options(family: str, seed: int) -> dict[str, Any]:
     rng = random.Random(f"{family}/{seed}")
     if family == "qwen3_moe":
         return qwen3_moe_options(rng)
+    if family in ("deepseek_v32", "glm_moe_dsa"):
+        return indexed_options(rng, family)
     return deepseek_v3_options(rng) if family == "deepseek_v3" else dense_options(rng, family)
 
 
@@ -182,9 +197,12 @@ def reference_options() -> Callable[[str, int], dict[str, Any]]:
 
 
 def tiny_config(kind: str = "mla", **changes: Any) -> ModelConfig:
-    """Small models by hand: "gqa" is dense, "mla" has experts in groups, "softmax" is Qwen's mixture."""
+    """Small models by hand: "gqa" is dense, "mla" has experts in groups, "softmax" is Qwen's mixture; "gqa+dsa" and
+    "mla+dsa" select 5 keys, and the last layer of the latter shares the selection of the one below."""
+    kind, _, sparse = kind.partition("+")
+    families = {"gqa": "qwen3", "mla": "glm_moe_dsa" if sparse else "deepseek_v3", "softmax": "qwen3_moe"}
     fields: dict[str, Any] = {
-        "family": {"gqa": "qwen3", "mla": "deepseek_v3", "softmax": "qwen3_moe"}[kind],
+        "family": families[kind],
         "vocab_size": VOCABULARY,
         "hidden_size": 24,
         "intermediate_size": 32,
@@ -208,6 +226,11 @@ def tiny_config(kind: str = "mla", **changes: Any) -> ModelConfig:
             routed_scaling=1.7,
             dense_layers=(0,),
         )
+    if sparse:
+        shared = (2,) if kind == "mla" else ()
+        fields["attention"] = "dsa"
+        fields["rope"] = RopeConfig(interleaved=kind == "mla")
+        fields["dsa"] = DSAConfig(top_k=5, num_heads=3, head_dim=8, rope_dim=4, shared_layers=shared)
     if kind == "softmax":
         fields["moe"] = MoEConfig(num_experts=6, experts_per_token=2, expert_intermediate_size=12, scoring="softmax")
     return ModelConfig(**{**fields, **changes})

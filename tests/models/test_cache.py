@@ -16,7 +16,7 @@ from rorqual.models.decoder import Decoder
 
 
 def filled_cache(num_slots: int = 3, capacity: int = 5) -> KVCache:
-    cache = KVCache(num_layers=2, widths=(4, 2), num_slots=num_slots, capacity=capacity, like=torch.zeros(1))
+    cache = KVCache(widths=[(4, 2)] * 2, num_slots=num_slots, capacity=capacity, like=torch.zeros(1))
     for columns in cache.columns:
         for column in columns:
             column.copy_(torch.arange(column.numel()).view_as(column))

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rorqual.models.checkpoints import load_checkpoint, pieces, save_checkpoint
+from rorqual.models.checkpoints import KEPT_FLOAT32, load_checkpoint, pieces, save_checkpoint
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import causal_layout
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -77,12 +77,12 @@ def test_sharded_import(pair: Callable, family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_checkpoints(pair: Callable, reference_model: Callable, family: str, tmp_path: Path) -> None:
-    """A bfloat16 file stays bfloat16, or is widened exactly; the correction bias is float32 throughout."""
+    """A bfloat16 file stays bfloat16, or is widened exactly; correction biases and index weights stay float32."""
     reference = reference_model(family, 1).bfloat16()
     reference.save_pretrained(tmp_path / "theirs")
     narrow = load_checkpoint(tmp_path / "theirs")
     for name, tensor in narrow.state_dict().items():
-        expected = torch.float32 if name.endswith("e_score_correction_bias") else torch.bfloat16
+        expected = torch.float32 if name.endswith(KEPT_FLOAT32) else torch.bfloat16
         assert tensor.dtype == expected, name
     wide = load_checkpoint(tmp_path / "theirs", dtype=torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

@@ -17,7 +17,7 @@ from rorqual.models.hf_export import to_hf_config
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3")
+FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "deepseek_v32", "glm_moe_dsa")
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -80,7 +80,8 @@ def test_written_configs_read_back(
         # One pattern of layers has more than one spelling; ours lists the dense ones.
         config.mlp_only_layers, config.decoder_sparse_step = list(ours.moe.dense_layers) if ours.moe else [], 1
     extra = set(again.to_dict()) - set(config.to_dict())
-    assert extra <= {"head_dim", "scoring_func", "topk_method", "moe_layer_freq"}
+    ignored = {"num_nextn_predict_layers", "indexer_rope_interleave"} if ours.dsa else set()
+    assert extra <= {"head_dim", "scoring_func", "topk_method", "moe_layer_freq"} | ignored
     ignored = {"dtype", "transformers_version", "rope_parameters", "num_nextn_predict_layers", "num_mtp_layers"}
     ignored |= {"bos_token_id", "eos_token_id", "pad_token_id"}
     for name in config.to_dict().keys() - ignored:
@@ -159,8 +160,8 @@ def test_the_architecture_outranks_the_model_type() -> None:
     ("raw", "message"),
     [
         ({**LLAMA, "architectures": ["GptOssForCausalLM"]}, r"'GptOssForCausalLM' is not supported.*LlamaForCausalLM"),
-        ({**DEEPSEEK, "architectures": ["DeepseekV32ForCausalLM"]}, r"DeepseekV32ForCausalLM.*not supported"),
-        ({**DEEPSEEK, "architectures": ["GlmMoeDsaForCausalLM"]}, r"GlmMoeDsaForCausalLM.*not supported"),
+        ({**DEEPSEEK, "architectures": ["DeepseekV4ForCausalLM"]}, r"DeepseekV4ForCausalLM.*not supported"),
+        ({**DEEPSEEK, "architectures": ["Glm4MoeForCausalLM"]}, r"Glm4MoeForCausalLM.*not supported"),
         ({**LLAMA, "architectures": None, "model_type": "mistral"}, r"'mistral' is not supported"),
         ({"vocab_size": 3}, r"None is not supported"),
         ({**DEEPSEEK, "index_topk": 2048}, r"index_topk = 2048"),

@@ -47,8 +47,14 @@ def problem(
         "index_q": random(rows, queries, 3, 6, seed=3),
         "index_k": random(rows, keys, 6, seed=4),
         "weight": random(rows, queries, 3, seed=5),
+        "last": torch.arange(keys - queries, keys).expand(rows, -1),
         "key_valid": key_valid if valid else None,
     }
+
+
+def selection(p: dict[str, Any], top_k: int) -> Tensor:
+    index = dsa.IndexerOutput(p["index_q"], p["index_k"], p["weight"])
+    return dsa_tiled.select_keys(index, p["last"], p["key_valid"], top_k)
 
 
 SHAPES = [
@@ -88,7 +94,8 @@ def test_selection_is_the_first_k_of_a_stable_sort(
     """Plateaus, infinities, NaN and hidden keys: by score, then by position, then in ascending order."""
     num_keys, queries = len(scores), min(queries, len(scores))
     valid = torch.tensor([[key not in switched_off for key in range(num_keys)]])
-    visible = dsa.visible_keys(queries, num_keys, valid)
+    last = torch.arange(num_keys - queries, num_keys)[None]
+    visible = dsa.visible_keys(last, num_keys, valid)
     found = dsa.select(torch.tensor(scores)[None, None].expand(1, queries, -1), visible, top_k)
     for query in range(queries):
         seen = [key for key in range(num_keys - queries + query + 1) if key not in switched_off]
@@ -109,23 +116,18 @@ def test_a_selection_of_nothing_is_refused() -> None:
 def test_tiled_selection(shape: dict[str, Any], top_k: int, tile_size: int) -> None:
     p = problem(**shape)
     scores = dsa.index_scores(p["index_q"], p["index_k"], p["weight"])
-    visible = dsa.visible_keys(p["q"].shape[1], p["k"].shape[1], p["key_valid"])
+    visible = dsa.visible_keys(p["last"], p["k"].shape[1], p["key_valid"])
     expected = dsa.select(scores, visible, top_k)
-    found = dsa_tiled.select_keys(p["index_q"], p["index_k"], p["weight"], p["key_valid"], top_k)
-    assert torch.equal(found, expected)
+    assert torch.equal(selection(p, top_k), expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
 
 
-def selection(p: dict[str, Any], top_k: int) -> Tensor:
-    return dsa_tiled.select_keys(p["index_q"], p["index_k"], p["weight"], p["key_valid"], top_k)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_over_all_keys_is_dense(shape: dict[str, Any]) -> None:
     p = problem(**shape)
-    visible = dsa.visible_keys(p["q"].shape[1], p["k"].shape[1], p["key_valid"])
+    visible = dsa.visible_keys(p["last"], p["k"].shape[1], p["key_valid"])
     found = dsa.sparse_attention(p["q"], p["k"], p["v"], selection(p, 99), SCALE)
     q, k, v = (p[name].transpose(1, 2) for name in "qkv")
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -214,9 +216,8 @@ def test_tiled_kl(shape: dict[str, Any], top_k: int | None, tile_size: int) -> N
     selected = everything if top_k is None else selection(p, top_k)
     expected, expected_uniform = dsa.indexer_kl(q, k, SCALE, scores, selected)
     gradients = torch.autograd.grad((expected * row_weight).sum() * 0.7, index)
-    loss, kl, uniform = dsa_tiled.indexer_kl(
-        q, k, SCALE, index, row_weight, None if top_k is None else selected, p["key_valid"]
-    )
+    main = dsa_tiled.MainAttention(q, k, SCALE, p["last"], p["key_valid"])
+    loss, kl, uniform = dsa_tiled.indexer_kl(main, index, row_weight, None if top_k is None else selected)
     torch.testing.assert_close(kl, expected.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(uniform, expected_uniform, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(loss, (expected * row_weight).sum(), rtol=1e-10, atol=1e-12)
@@ -233,7 +234,8 @@ def test_warm_up_reaches_every_visible_key() -> None:
     last_query = torch.zeros(1, 8, dtype=torch.float64)
     last_query[0, -1] = 1.0
     for selected, reached in ((None, 8), (selection(p, 3), 3)):
-        loss, _, _ = dsa_tiled.indexer_kl(p["q"], p["k"], SCALE, index, last_query, selected)
+        main = dsa_tiled.MainAttention(p["q"], p["k"], SCALE, p["last"])
+        loss, _, _ = dsa_tiled.indexer_kl(main, index, last_query, selected)
         (gradient,) = torch.autograd.grad(loss, index.k)
         assert int(gradient.any(dim=-1).sum()) == reached
 

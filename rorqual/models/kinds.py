@@ -1,0 +1,24 @@
+"""Which attention a config asks for, and what each kind keeps of a token in the cache."""
+
+from __future__ import annotations
+
+from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from rorqual.models.config import ModelConfig
+from rorqual.models.sparse import SparseGroupedQueryAttention, SparseLatentAttention
+
+
+def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | MultiHeadLatentAttention:
+    """The attention of one layer: grouped-query or latent (`config.mla`), with an indexer (`config.dsa`) or without."""
+    if config.dsa is not None:
+        return SparseLatentAttention(config, layer) if config.mla else SparseGroupedQueryAttention(config, layer)
+    return MultiHeadLatentAttention(config) if config.mla else GroupedQueryAttention(config)
+
+
+def cache_widths(config: ModelConfig, layer: int) -> tuple[int, ...]:
+    """Numbers that a token leaves in the cache, column by column: keys and values, or latent and rotated key together;
+    then the index key of a layer that has an indexer."""
+    if config.mla is not None:
+        main: tuple[int, ...] = (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim,)
+    else:
+        main = (config.num_kv_heads * config.head_dim,) * 2
+    return (*main, config.dsa.head_dim) if config.dsa is not None and layer in config.indexer_layers else main
