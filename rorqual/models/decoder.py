@@ -159,7 +159,7 @@ class Decoder(nn.Module):
         forced = self._forced_experts(routes_TLK, len(token_ids_T))
         selections = self._forced_selections(selections_TLS, len(token_ids_T))
         x_TD = self.embed_tokens(token_ids_T)
-        rotations = self._rotations(layout.positions_T, x_TD.dtype)
+        rotations = self.rotations(layout.positions_T, x_TD.dtype)
         outputs: list[BlockOutput] = []
         selected_TS: Tensor | None = None
         for layer, block in enumerate(self.layers):
@@ -170,7 +170,8 @@ class Decoder(nn.Module):
             outputs.append(output)
         return DecoderOutput(self.norm(x_TD), *self._chosen(outputs), self._losses(outputs))
 
-    def _rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+    def rotations(self, positions: Tensor, dtype: torch.dtype) -> Rotations:
+        """Of the attention's heads and of the indexer's, at `positions` (int64)."""
         main = self.rope(positions, dtype)
         return Rotations(main, main if self.index_rope is None else self.index_rope(positions, dtype))
 
@@ -231,7 +232,7 @@ class Decoder(nn.Module):
     def forward_cached(self, token_ids_RQ: Tensor, cache: KVCache, layout: CachedLayout) -> DecoderOutput:
         """Hidden states [R, Q, D] of new tokens, which are written to the cache; routes are [R*Q, L, K]."""
         x_ND = self.embed_tokens(token_ids_RQ.flatten())
-        rotations = self._rotations(layout.positions_RQ.flatten(), x_ND.dtype)
+        rotations = self.rotations(layout.positions_RQ.flatten(), x_ND.dtype)
         blocks = [cast(Block, block) for block in self.layers]
         fused_RD = decode_fused([block.fused for block in blocks], x_ND, rotations.main, cache, layout)
         if fused_RD is not None:

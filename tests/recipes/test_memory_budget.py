@@ -13,7 +13,7 @@ import torch
 from rorqual.config import load_config
 from rorqual.engines.local import EngineConfig
 from rorqual.models.config import ModelConfig
-from rorqual.models.decoder import Block, Decoder
+from rorqual.models.decoder import Block, BlockInput, Decoder
 from rorqual.models.layout import causal_layout
 from rorqual.recipes.r1_zero import R1ZeroConfig
 
@@ -65,10 +65,10 @@ def block_bytes_per_token() -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    rotation = Decoder(_without_layers()).rope(torch.arange(num_tokens), torch.float32)
+    rotations = Decoder(_without_layers()).rotations(torch.arange(num_tokens), torch.float32)
     x_TD = torch.zeros(num_tokens, QWEN3_0P6B.hidden_size, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block(x_TD, rotation, causal_layout([num_tokens]), None)
+        block(x_TD, rotations, causal_layout([num_tokens]), BlockInput())
     own_keys = 2 * QWEN3_0P6B.num_heads * QWEN3_0P6B.head_dim * FLOAT32
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // num_tokens + own_keys
 
