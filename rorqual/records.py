@@ -8,6 +8,7 @@ Every record is frozen, keyword-only and torch-free. Long numeric columns are `a
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, dataclass_transform
 
@@ -106,7 +107,7 @@ class SamplingParams(Record):
     def __post_init__(self) -> None:
         """Raises: ValueError naming the field that is out of range."""
         ranges = {
-            "temperature": self.temperature >= 0.0,
+            "temperature": self.temperature == 0.0 or 1e-6 <= self.temperature < math.inf,
             "top_p": 0.0 < self.top_p <= 1.0,
             "top_k": self.top_k >= 0,
             "min_p": 0.0 <= self.min_p < 1.0,

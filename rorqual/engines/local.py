@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual.engines.sampling import Sampler
+from rorqual.engines.sampling import LogitsNotFinite, Sampler
 from rorqual.engines.slots import SlotTable
 from rorqual.models.cache import cached_layout
 from rorqual.models.decoder import Decoder
@@ -35,6 +35,12 @@ class EngineConfig(Record):
     prefill_chunk_tokens: int = 8192
     context_window: int = 0
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError naming the field that is out of range."""
+        for name, least in (("num_slots", 1), ("prefill_chunk_tokens", 1), ("context_window", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"EngineConfig.{name} = {getattr(self, name)}; expected at least {least}.")
+
 
 class LocalEngine:
     """Implements `contracts.Engine` on a Decoder that it only reads."""
@@ -43,6 +49,11 @@ class LocalEngine:
         self.model, self.config = model, config or EngineConfig()
         self.weight_version = weight_version
         self.context_window = self.config.context_window or model.config.context_window
+        if self.context_window > model.config.context_window:
+            raise ValueError(
+                f"engine.context_window = {self.context_window}, and the model was made for "
+                f"{model.config.context_window} tokens. Lower it, or set 0 to take the model's."
+            )
         capacity = min(INITIAL_CAPACITY, self.context_window)
         self.table = SlotTable(model, self.config.num_slots, capacity, max_capacity=self.context_window)
         self.queue: deque[GenerateRequest] = deque()
@@ -66,6 +77,11 @@ class LocalEngine:
     def submit(self, requests: Sequence[GenerateRequest]) -> None:
         """Queue requests. Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then
         none of the requests is queued."""
+        if self.model.embed_tokens.weight.dtype != self.table.cache.dtype:
+            raise ValueError(
+                f"The model is {self.model.embed_tokens.weight.dtype} now, and was {self.table.cache.dtype} when this "
+                "engine was built; build another engine after the cast."
+            )
         in_flight = {r.request_id for r in (*self.queue, *self.table.requests, *self.undelivered) if r is not None}
         for request in requests:
             self._check(request, in_flight)
@@ -103,6 +119,12 @@ class LocalEngine:
                     self.undelivered.append(completion)
         return [done[request.request_id] for request in requests]
 
+    def cancel(self) -> None:
+        """Give up every request that waits or is being answered. Nothing cached survives."""
+        self.queue.clear()
+        self.num_decoding = 0
+        self.table.clear()
+
     def load_weights(self, source: Decoder, version: int) -> None:
         """Sample from `source`'s weights from now on; nothing cached survives. `source` may be the engine's own model.
 
@@ -110,7 +132,8 @@ class LocalEngine:
         """
         if self.num_in_flight:
             raise ValueError(
-                f"{self.num_in_flight} requests are in flight; let them end before new weights are loaded."
+                f"{self.num_in_flight} requests are in flight; let them end before new weights are loaded, or cancel "
+                "them."
             )
         if source is not self.model:
             self.model.load_state_dict(source.state_dict())
@@ -169,7 +192,7 @@ class LocalEngine:
             if key in pending:
                 waiting.append(request)
                 continue
-            prompt = np.frombuffer(request.prompt_ids, dtype=np.int32)
+            prompt = np.asarray(request.prompt_ids, dtype=np.int32)
             source, shared = self.table.longest_prefix(prompt)
             if shared == len(prompt) == self.table.prompt_length[source]:
                 if not self._fork(request, source):
@@ -266,7 +289,7 @@ class LocalEngine:
         layout = cached_layout(range(self.num_decoding), positions_RQ[:, 0], 1, table.cache, shared)
         output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
         table.record_routes(rows, positions_RQ, output.routes)
-        table.cached[rows] += 1
+        table.cached[rows] = table.length[rows]
         return self._draw(range(self.num_decoding), output.hidden[:, 0])
 
     def _draw(self, slots: range, hidden_RD: Tensor) -> list[Completion]:
@@ -274,7 +297,12 @@ class LocalEngine:
         table, rows = self.table, slice(slots.start, slots.stop)
         sampler, place = self._sampler(table.requests[rows]), table.length[rows]
         drawn = place - table.prompt_length[rows]
-        draws = sampler.draw(self.model.logits(hidden_RD), drawn)
+        try:
+            draws = sampler.draw(self.model.logits(hidden_RD), drawn)
+        except LogitsNotFinite as error:
+            asked = [table.requests[slots.start + row] for row in error.rows[:3]]
+            named = ", ".join(repr(request.request_id) for request in asked if request is not None)
+            raise ValueError(f"{error} Requests: {named}. `cancel` frees the engine for other weights.") from error
         table.grow(int(place.max()) + 1)
         token_R = table.note(slots, draws)
         stopped = sampler.stops(token_R)

@@ -59,6 +59,17 @@ def uniforms(seed_R: np.ndarray, counter_R: np.ndarray) -> np.ndarray:
     return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+class LogitsNotFinite(ValueError):
+    """Logits from which nothing can be drawn. rows: which ones, in the order of the draw."""
+
+    def __init__(self, rows: list[int], num_rows: int) -> None:
+        self.rows = rows
+        super().__init__(
+            f"The model's logits are NaN or infinite in {len(rows)} of {num_rows} rows (first: row {rows[0]}). The "
+            "weights are damaged or diverged: go back to an earlier checkpoint, or lower the learning rate."
+        )
+
+
 class Sampler:
     """Draws for a batch of requests. What their parameters say is worked out once, while the same ones draw."""
 
@@ -77,7 +88,7 @@ class Sampler:
     def draw(self, logits_RV: Tensor, counter_R: np.ndarray) -> Draws:
         """Draw one token a row. `counter_R`: tokens that each request has drawn so far. Logits may be overwritten.
 
-        Raises: ValueError naming the rows whose logits hold NaN.
+        Raises: LogitsNotFinite for rows whose logits hold NaN, or of which the highest is infinite.
         """
         logits_RV = logits_RV if logits_RV.dtype == torch.float64 else logits_RV.float()
         uniform_R = torch.from_numpy(uniforms(self.seed_R, counter_R)).to(logits_RV.device)
@@ -97,8 +108,8 @@ class Sampler:
 
 def _draw_greedy(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
     """The most probable token; a point mass, so its log-prob and entropy are 0."""
-    _refuse_nan(logits_RV)
     best_R, token_R = logits_RV.max(dim=-1)
+    _refuse_unbounded(best_R)
     mass_R = (best_R - logits_RV.logsumexp(dim=-1)).exp()
     zero_R = torch.zeros_like(mass_R)
     count_R = torch.zeros_like(token_R)
@@ -109,11 +120,12 @@ def _draw_whole(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: 
     """Few passes over [R, V], and one more tensor of its size: shift by the maximum, exponentiate, sum by chunks;
     nothing is normalised but what is asked. Logits are held in base 2, because exp2 is several times faster than exp.
     """
+    highest_R = logits_RV.amax(dim=-1)
+    _refuse_unbounded(highest_R)
     if serves(logits_RV):
-        return _draw_whole_in_one_pass(logits_RV, params, uniform_R)
-    shifted_RV = logits_RV.sub_(logits_RV.amax(dim=-1, keepdim=True))
-    _refuse_nan(shifted_RV[:, :1])
-    shifted_RV.mul_(_base_2_scale(logits_RV, params))
+        return _draw_whole_in_one_pass(logits_RV, highest_R, params, uniform_R)
+    shifted_RV = logits_RV.sub_(highest_R[:, None])
+    shifted_RV.mul_(_base_2_scale(logits_RV, params)).clamp_(min=-1e4)  # -inf times a weight of 0 would be NaN.
     weights_RV = shifted_RV.exp2()
     token_R, total_R = _invert(weights_RV, uniform_R)
     log_total_R, ln2 = total_R.log(), math.log(2)
@@ -124,22 +136,23 @@ def _draw_whole(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: 
     return Draws(token_R, logprob_R, entropy_R, torch.ones_like(logprob_R), token_R[:0], count_R)
 
 
-def _draw_whole_in_one_pass(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
+def _draw_whole_in_one_pass(
+    logits_RV: Tensor, highest_R: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor
+) -> Draws:
     """The same by a compiled loop."""
     num_rows = len(logits_RV)
     scale_R = np.fromiter((1.0 / p.temperature for p in params), dtype=np.float32, count=num_rows)
     token_R = torch.empty(num_rows, dtype=torch.int64)
     logprob_R, entropy_R = logits_RV.new_empty(2, num_rows)
-    given = (array(logits_RV), array(logits_RV.amax(dim=-1)), scale_R, array(uniform_R))
+    given = (array(logits_RV), array(highest_R), scale_R, array(uniform_R))
     draw_whole(*given, token_R.numpy(), logprob_R.numpy(), entropy_R.numpy())
-    _refuse_nan(logprob_R[:, None])
     return Draws(token_R, logprob_R, entropy_R, torch.ones_like(logprob_R), token_R[:0], torch.zeros_like(token_R))
 
 
 def _draw_truncated(logits_RV: Tensor, params: Sequence[SamplingParams], uniform_R: Tensor) -> Draws:
     logits_RV = _tempered(logits_RV, params)
     normalizer_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
-    _refuse_nan(normalizer_R1)
+    _refuse_unbounded(normalizer_R1[:, 0])
     ids_RW, probs_RW, kept_RW = _candidates(logits_RV, normalizer_R1, params)
     vocabulary = logits_RV.shape[1]
     ids_RW, order_RW = ids_RW.masked_fill(~kept_RW, vocabulary).sort(dim=-1)
@@ -187,8 +200,8 @@ def _candidates(
 
 def _keep(probs_RW: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Top-k, then top-p of what top-k left (the smallest set that reaches p), then min-p relative to the best."""
-    device = probs_RW.device
-    top_k_R1 = torch.tensor([p.top_k or probs_RW.shape[1] for p in params], device=device)[:, None]
+    device, vocabulary = probs_RW.device, probs_RW.shape[1]
+    top_k_R1 = torch.tensor([min(p.top_k or vocabulary, vocabulary) for p in params], device=device)[:, None]
     top_p_R1 = torch.tensor([p.top_p for p in params], device=device, dtype=torch.float64)[:, None]
     min_p_R1 = torch.tensor([p.min_p for p in params], device=device, dtype=probs_RW.dtype)[:, None]
     limited_R1 = torch.tensor([p.top_k > 0 for p in params], device=device)[:, None]
@@ -261,11 +274,7 @@ def _merge(parts: list[tuple[list[int], Draws]], num_rows: int) -> Draws:
     )
 
 
-def _refuse_nan(values_R1: Tensor) -> None:
-    bad_R1 = values_R1.isnan()
-    if bool(bad_R1.any()):
-        bad = bad_R1.nonzero()[:, 0].tolist()
-        raise ValueError(
-            f"The model's logits are NaN in {len(bad)} of {len(values_R1)} rows (first: row {bad[0]}). The weights are "
-            "damaged or diverged: go back to an earlier checkpoint, or lower the learning rate."
-        )
+def _refuse_unbounded(highest_R: Tensor) -> None:
+    bad_R = ~highest_R.isfinite()
+    if bool(bad_R.any()):
+        raise LogitsNotFinite(bad_R.nonzero()[:, 0].tolist(), len(highest_R))

@@ -89,7 +89,7 @@ class SlotTable:
         """Give `slot` to `request`, as the first of a new family; what the cache holds of it must be set by the
         caller."""
         self.grow(len(request.prompt_ids) + 1)
-        prompt = np.frombuffer(request.prompt_ids, dtype=np.int32)
+        prompt = np.asarray(request.prompt_ids, dtype=np.int32)
         self.tokens[slot, : len(prompt)] = prompt
         self.length[slot] = self.prompt_length[slot] = len(prompt)
         self.cached[slot] = 0
@@ -142,6 +142,16 @@ class SlotTable:
         """Drop what ended requests left behind: it was computed by other weights."""
         self.cached[:] = 0
         self.last_used[:] = -1
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Be as if just made: nobody's, and the cache without a NaN that attention would carry from row to row."""
+        self.forget()
+        self.requests = [None] * self.num_slots
+        self.prompt_hidden.zero_()
+        for columns in self.cache.columns:
+            for column in columns:
+                column.zero_()
 
     # --------------------------------------------------------------------------------------------------- results
 
@@ -217,6 +227,7 @@ class SlotTable:
                 f"The saved engine has {len(state['requests'])} slots, this one {self.num_slots}; "
                 "set engine.num_slots back."
             )
+        self.clear()
         slots, width = np.asarray(state["slots"]), state["tokens"].shape[1]
         self.grow(width)
         for name in (*ROW_COLUMNS, "routes"):

@@ -170,7 +170,7 @@ def attend_once(
     The J query heads that share keys are taken together, so that the keys are read once. Of a cached value the first
     `value_dim` numbers count.
     """
-    if layout.reads is not None and serves(q_RHE):
+    if layout.reads is not None and serves(q_RHE) and not torch.is_grad_enabled():
         out_RHV = q_RHE.new_empty(*q_RHE.shape[:2], value_dim)
         arrays = (array(q_RHE), array(k_SCGE), array(v_SCGV))
         kernels.attend_once(*arrays, layout.reads, scale, out_RHV.numpy())

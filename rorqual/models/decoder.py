@@ -81,7 +81,7 @@ class Block(nn.Module):
             self.mlp = MLP(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.fused: FusedBlock | None = None
         if type(self.self_attn) is GroupedQueryAttention and isinstance(self.mlp, MLP):
-            self.fused = FusedBlock(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
+            self.fused = FusedBlock(self, self.self_attn, self.mlp)
 
     def forward(self, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, given: BlockInput) -> BlockOutput:
         normed_TD, attention = self.input_layernorm(x_TD), self.self_attn

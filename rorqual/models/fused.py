@@ -9,6 +9,7 @@ Shapes: R rows, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,33 +27,55 @@ MOST_WEIGHTS = 1 << 21
 
 EMPTY = np.empty(0, dtype=np.float32)
 
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+PARAMETERS = (
+    *(("input_layernorm", "weight"), ("q_proj", "weight"), ("k_proj", "weight"), ("v_proj", "weight")),
+    *(("q_proj", "bias"), ("k_proj", "bias"), ("v_proj", "bias"), ("q_norm", "weight"), ("k_norm", "weight")),
+    *(("o_proj", "weight"), ("o_proj", "bias"), ("post_attention_layernorm", "weight")),
+    *(("gate_proj", "weight"), ("up_proj", "weight"), ("down_proj", "weight")),
+    *(("gate_proj", "bias"), ("up_proj", "bias"), ("down_proj", "bias")),
+)
+"""In the order of BlockWeights."""
+
 
 class FusedBlock:
     """One block as the kernel takes it: the arrays of its parameters, found anew whenever a parameter has moved."""
 
-    def __init__(
-        self, input_norm: nn.RMSNorm, attention: GroupedQueryAttention, post_norm: nn.RMSNorm, mlp: MLP
-    ) -> None:
-        self.num_kv_heads, self.scale, self.eps = attention.num_kv_heads, attention.scale, input_norm.eps or 0.0
+    def __init__(self, block: nn.Module, attention: GroupedQueryAttention, mlp: MLP) -> None:
+        parts = {name: cast(nn.RMSNorm, block.get_submodule(name)) for name in NORMS}
+        self.num_kv_heads, self.scale = attention.num_kv_heads, attention.scale
+        self.eps = parts["input_layernorm"].eps or 0.0
         self.small = sum(each.numel() for part in (attention, mlp) for each in part.parameters()) <= MOST_WEIGHTS
-        a, m = attention, mlp
-        owners: tuple[tuple[nn.Module, str], ...] = (
-            *((input_norm, "weight"), (a.q_proj, "weight"), (a.k_proj, "weight"), (a.v_proj, "weight")),
-            *((a.q_proj, "bias"), (a.k_proj, "bias"), (a.v_proj, "bias"), (a.q_norm, "weight"), (a.k_norm, "weight")),
-            *((a.o_proj, "weight"), (a.o_proj, "bias"), (post_norm, "weight")),
-            *((m.gate_proj, "weight"), (m.up_proj, "weight"), (m.down_proj, "weight")),
-            *((m.gate_proj, "bias"), (m.up_proj, "bias"), (m.down_proj, "bias")),
-        )
         # The modules' own tables, because every attribute of a module costs a microsecond, and a step asks for all.
-        self.places = [(owner._parameters, name) for owner, name in owners]
+        self.modules = [
+            (owner._modules, name, module, type(module))
+            for owner in (block, attention, mlp)
+            for name, module in owner._modules.items()
+        ]
+        tables = {name: module._parameters for _, name, module, _ in self.modules if module is not None}
+        self.places = [(tables[owner], name) for owner, name in PARAMETERS]
         self.found: tuple[list[int], BlockWeights] | None = None
 
-    def weights(self) -> BlockWeights:
-        """The kernel's view of the parameters: the same memory, so that an optimiser's step is seen."""
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, finds the arrays of its own parameters."""
+        return {**self.__dict__, "found": None}
+
+    def weights(self) -> BlockWeights | None:
+        """The kernel's view of the parameters: the same memory, so that an optimiser's step is seen.
+
+        None where a module was replaced, changed its class or has a hook, or a parameter is not contiguous.
+        """
+        for table, name, module, kind in self.modules:
+            if table.get(name) is not module or type(module) is not kind:
+                return None
+            if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+                return None
         parameters = [table.get(name) for table, name in self.places]
-        # A deep copy brings the arrays of its original along; the id tells them from its own.
-        where = [id(self), *[0 if each is None else each.data_ptr() for each in parameters]]
+        where = [0 if each is None else each.data_ptr() for each in parameters]
         if self.found is None or self.found[0] != where:
+            if not all(each is None or each.is_contiguous() for each in parameters):
+                return None
             self.found = where, BlockWeights(*(EMPTY if each is None else array(each) for each in parameters))
         return self.found[1]
 
@@ -69,9 +92,12 @@ def decode_fused(
         return None
     if not serves(x_RD):
         return None
+    found = [weights for block in fused if (weights := block.weights()) is not None]
+    if len(found) < len(fused):
+        return None
     out_RD = x_RD.clone()
     x, cos, sin = array(out_RD), array(rotation.cos.squeeze(1)), array(rotation.sin.squeeze(1))
-    for block, columns in zip(fused, cache.columns, strict=True):
+    for block, weights, columns in zip(fused, found, cache.columns, strict=True):
         keys, values = (array(column.view(*column.shape[:2], block.num_kv_heads, -1)) for column in columns)
-        decode_block(x, block.weights(), cos, sin, keys, values, reads, block.eps, block.scale)
+        decode_block(x, weights, cos, sin, keys, values, reads, block.eps, block.scale)
     return out_RD

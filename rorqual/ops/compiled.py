@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -34,16 +36,28 @@ FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
 """What a vectorised sum needs. NaN and infinity keep their meaning."""
 
 
-def _cache_directory() -> Path:
+def _cache_directory() -> Path | None:
     """A folder of its own for each state of this package's sources. numba itself looks only at the file of the function
-    that is called, and would go on with the old code of those that it calls in other files."""
+    that is called, and would go on with the old code of those that it calls in other files.
+
+    Beside the sources, else in the user's cache, else in a folder that this process alone uses. None without numba.
+    """
+    if NUMBA is None:
+        return None
     package = Path(__file__).parent
     sources = b"".join(path.read_bytes() for path in sorted(package.glob("*.py")))
-    configured = NUMBA.config.CACHE_DIR if NUMBA is not None else ""
-    beside = package / "__pycache__"
-    writable = os.access(beside if beside.exists() else package, os.W_OK)
-    base = Path(configured) if configured else beside if writable else Path.home() / ".cache" / "rorqual"
-    return base / f"kernels-{hashlib.sha256(sources).hexdigest()[:16]}"
+    name = f"kernels-{hashlib.sha256(sources).hexdigest()[:16]}"
+    if NUMBA.config.CACHE_DIR:
+        return Path(NUMBA.config.CACHE_DIR) / name
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    for base in (package / "__pycache__", Path(user) / "rorqual"):
+        try:
+            (base / name).mkdir(parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(base / name, os.W_OK):
+            return base / name
+    return Path(tempfile.mkdtemp(prefix="rorqual-kernels-"))
 
 
 _CACHE = _cache_directory()
@@ -57,6 +71,7 @@ def compiled(function: Function) -> Function:
     """
     if NUMBA is None:
         return function
+    assert _CACHE is not None
     options = {"cache": True, "nogil": True, "forceinline": True, "error_model": "numpy"}
     configured = NUMBA.config.CACHE_DIR
     NUMBA.config.CACHE_DIR = str(_CACHE)
@@ -64,7 +79,24 @@ def compiled(function: Function) -> Function:
         result: Any = NUMBA.njit(fastmath=FAST_MATH, **options)(function)
     finally:
         NUMBA.config.CACHE_DIR = configured
+    _forgive_damage(result)
     return result
+
+
+def _forgive_damage(dispatcher: Any) -> None:
+    """Let a kernel whose file on disk cannot be read be compiled anew, whatever numba says of the file."""
+    cache = dispatcher._cache
+    load = cache.load_overload
+
+    def load_or_forget(*args: Any) -> Any:
+        try:
+            return load(*args)
+        except Exception as error:  # noqa: BLE001 (whatever a damaged file makes numba, pickle or LLVM raise)
+            warnings.warn(f"{cache.cache_path} holds a damaged kernel ({error!r}); it is made anew.", stacklevel=2)
+            cache.flush()
+            return None
+
+    cache.load_overload = load_or_forget
 
 
 def inlined(function: Function) -> Function:
@@ -79,6 +111,7 @@ def serves(x: Tensor) -> bool:
     """Whether kernels may be given `x`."""
     return (
         NUMBA is not None
+        and not NUMBA.config.DISABLE_JIT
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and (x.numel() <= ONE_CORE_ELEMENTS or torch.get_num_threads() == 1)

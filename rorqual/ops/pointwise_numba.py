@@ -53,7 +53,8 @@ def swiglu(gate_NI: np.ndarray, up_NI: np.ndarray, out_NI: np.ndarray) -> None:
     for n in range(num_tokens):
         for i in range(width):
             x = gate_NI[n, i]
-            out_NI[n, i] = x / (np.float32(1.0) + exp(min(-x, np.float32(87.0)))) * up_NI[n, i]
+            gated = x / (np.float32(1.0) + exp(min(-x, np.float32(87.0)))) * up_NI[n, i]
+            out_NI[n, i] = np.float32(0.0) if x < np.float32(-1e30) else gated
 
 
 @compiled
@@ -70,6 +71,7 @@ def swiglu_backward(
         for i in range(width):
             x, gradient = gate_NI[n, i], gradient_NI[n, i]
             s = np.float32(1.0) / (np.float32(1.0) + exp(min(-x, np.float32(87.0))))
+            s = np.float32(0.0) if x < np.float32(-1e30) else s
             up_gradient_NI[n, i] = gradient * x * s
             gate_gradient_NI[n, i] = gradient * up_NI[n, i] * (s + x * s * (np.float32(1.0) - s))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -163,7 +164,8 @@ def test_all_who_share_a_prompt_start_together_beside_a_longer_one_that_begins_a
 def test_the_cache_never_outgrows_the_window() -> None:
     """Neither by doubling, nor by padding: of two prompts fed at once, one goes on after 150 tokens, one begins."""
     model = tiny_model("gqa")
-    config = EngineConfig(num_slots=3, context_window=200)
+    model.config = msgspec.structs.replace(model.config, context_window=200)
+    config = EngineConfig(num_slots=3)
     first = [4 + i % 40 for i in range(150)]
     asked = [request("on", [*first, *range(4, 24)], seed=1), request("new", [9 + i % 30 for i in range(100)], seed=2)]
     asked.append(request("full", [5 + i % 7 for i in range(180)], seed=3, max_new_tokens=50, stop_token_ids=()))
@@ -303,3 +305,96 @@ def test_the_window_ends_a_completion() -> None:
     completion = generate(tiny_model(), [request("a", [5] * 60, max_new_tokens=50, stop_token_ids=())])[0]
     assert completion.finish_reason == "length"
     assert len(completion.token_ids) == 4
+
+
+def reference_logprobs(model: Decoder, asked: GenerateRequest, completion: Completion) -> torch.Tensor:
+    """Of the drawn tokens, from the whole sequence at once; for requests without truncation."""
+    tokens = torch.tensor([*asked.prompt_ids, *completion.token_ids])
+    with torch.no_grad():
+        logits_TV = model.logits(model(tokens[:-1], causal_layout([len(tokens) - 1])).hidden)
+    drawn = tokens[len(asked.prompt_ids) :]
+    return logits_TV[len(asked.prompt_ids) - 1 :].log_softmax(-1).gather(1, drawn[:, None])[:, 0]
+
+
+def test_many_rows_read_the_prompts_of_their_own_groups() -> None:
+    """More rows than a compiled block takes at once, of three groups whose prompts differ in length."""
+    model = tiny_model("gqa", torch.float32)
+    requests = [
+        request(f"{group}.{member}", list(range(4 + group, 4 + group + length)), seed=member, top_p=1.0)
+        for member in range(16)
+        for group, length in enumerate((20, 3, 11))
+    ]
+    for asked, completion in zip(requests, generate(model, requests, num_slots=64), strict=True):
+        expected = reference_logprobs(model, asked, completion)
+        torch.testing.assert_close(torch.tensor(completion.logprobs.tolist()), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ("mla", "gqa"))
+def test_an_interrupted_step_leaves_nothing_wrong_behind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped between the forward pass and the draw, the request goes on as if nothing had been, and so does the turn
+    that continues it."""
+    model, undisturbed = tiny_model(kind), LocalEngine(tiny_model(kind))
+    engine, logits, calls = LocalEngine(model, EngineConfig(num_slots=1)), model.logits, 0
+
+    def interrupted(hidden: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return logits(hidden)
+
+    monkeypatch.setattr(model, "logits", interrupted)
+    asked = request("a", [5, 6, 7], temperature=0.0)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([asked])
+    done: list[Completion] = []
+    while engine.num_unfinished:
+        done += engine.step()
+    assert_alike(done[0], undisturbed.generate([asked])[0])
+    following = request("b", [5, 6, 7, *done[0].token_ids, 9], seed=3)
+    assert_alike(engine.generate([following])[0], undisturbed.generate([following])[0])
+
+
+def test_nan_names_the_request_and_cancel_frees_the_engine() -> None:
+    model, healthy = tiny_model("gqa"), tiny_model("gqa")
+    engine = LocalEngine(model, EngineConfig(num_slots=2))
+    with torch.no_grad():
+        model.layers[1].self_attn.v_proj.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"NaN or infinite.*Requests: 'bad'.*`cancel` frees the engine"):
+        engine.generate([request("bad", [5, 6, 7])])
+    with pytest.raises(ValueError, match="cancel them"):
+        engine.load_weights(healthy, version=1)
+    engine.cancel()
+    assert engine.num_unfinished == 0
+    engine.load_weights(healthy, version=1)
+    asked = request("good", [5, 6, 7])
+    assert_alike(engine.generate([asked])[0], generate(healthy, [asked])[0])
+
+
+@pytest.mark.parametrize("typecode", ("h", "l", "q"))
+def test_prompts_of_any_integer_type(typecode: str) -> None:
+    model, asked = tiny_model(), request("a", [5, 6, 7, 8])
+    other = GenerateRequest(request_id="a", prompt_ids=array(typecode, [5, 6, 7, 8]), params=asked.params)
+    assert_alike(generate(model, [other])[0], generate(model, [asked])[0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_slots": 0}, "num_slots = 0; expected at least 1"),
+        ({"prefill_chunk_tokens": 0}, "prefill_chunk_tokens = 0; expected at least 1"),
+        ({"context_window": -1}, "context_window = -1; expected at least 0"),
+        ({"context_window": 1000}, "context_window = 1000, and the model was made for 64"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LocalEngine(tiny_model(), EngineConfig(**settings))
+
+
+def test_a_model_cast_under_its_engine_is_noticed() -> None:
+    model = tiny_model("gqa")
+    engine = LocalEngine(model)
+    model.float()
+    with pytest.raises(ValueError, match=r"torch.float32 now, and was torch.float64.*build another engine"):
+        engine.generate([request("a", [5])])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -121,13 +123,34 @@ def test_uniforms_look_uniform_and_independent() -> None:
 def test_nan_logits_are_refused(params: SamplingParams) -> None:
     logits_RV = torch.zeros(3, 10)
     logits_RV[1, 4] = float("nan")
-    with pytest.raises(ValueError, match=r"NaN in 1 of 3 rows.*row 1"):
+    with pytest.raises(ValueError, match=r"NaN or infinite in 1 of 3 rows.*row 1"):
         Sampler([params] * 3).draw(logits_RV, np.zeros(3))
+    for row in ([0.0, 1.0, math.inf, 3.0], [-math.inf] * 4):
+        for dtype in (torch.float32, torch.float64):
+            with pytest.raises(ValueError, match="NaN or infinite in 1 of 1 rows"):
+                Sampler([params]).draw(torch.tensor([row], dtype=dtype), np.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_token_that_is_ruled_out_costs_nothing(dtype: torch.dtype) -> None:
+    logits_RV = torch.tensor([[0.0, -math.inf, 1.0]], dtype=dtype)
+    draws = Sampler([SamplingParams()]).draw(logits_RV.clone(), np.zeros(1))
+    probs = torch.tensor([[0.0, 1.0]]).softmax(-1)
+    assert float(draws.entropy_R) == pytest.approx(float(-(probs * probs.log()).sum()), rel=1e-5)
+    assert float(draws.logprob_R) == pytest.approx(float(logits_RV.log_softmax(-1)[0, draws.token_R]), rel=1e-5)
+
+
+def test_a_top_k_beyond_every_vocabulary_keeps_all() -> None:
+    draws = Sampler([SamplingParams(top_k=10**30)]).draw(torch.zeros(1, 5), np.zeros(1))
+    assert draws.kept_ids_N.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
     "field",
-    [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.2}, {"top_k": -1}, {"min_p": 1.0}, {"max_new_tokens": 0}],
+    [
+        *({"temperature": -1.0}, {"temperature": 1e-39}, {"temperature": math.inf}, {"top_p": 0.0}, {"top_p": 1.2}),
+        *({"top_k": -1}, {"min_p": 1.0}, {"max_new_tokens": 0}),
+    ],
 )
 def test_parameters_out_of_range_are_named(field: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(field))):

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rorqual.models import fused
 from rorqual.models.cache import KVCache, cached_layout
 from rorqual.models.decoder import Decoder
+from rorqual.models.moe import MLP
 from rorqual.ops import compiled
 
 
@@ -102,3 +104,55 @@ def test_weights_are_those_of_now(tiny_decoder: Callable[..., Decoder]) -> None:
     assert torch.equal(decode(twin)[0], before)
     twin.load_state_dict({name: each.clone() for name, each in decoder.state_dict().items()}, assign=True)
     assert torch.equal(decode(twin)[0], changed)
+
+
+def test_a_replaced_or_hooked_module_is_seen(
+    tiny_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter in a layer's place, another MLP, a hook, a matrix that is stored turned: torch then decodes."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    def adapt(decoder: Decoder) -> None:
+        old = decoder.layers[0].mlp.up_proj
+        decoder.layers[0].mlp.up_proj = Doubled(old.in_features, old.out_features, bias=False)
+
+    def replace_mlp(decoder: Decoder) -> None:
+        decoder.layers[0].mlp = MLP(24, 32)
+
+    def hook(decoder: Decoder) -> None:
+        decoder.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output * 2)
+
+    def turn(decoder: Decoder) -> None:
+        linear = decoder.layers[0].mlp.up_proj
+        linear.weight = nn.Parameter(linear.weight.detach().t().contiguous().t() * 2)
+
+    for change in (adapt, replace_mlp, hook, turn):
+        decoder = tiny_decoder("gqa").float()
+        before, _ = decode(decoder)
+        change(decoder)
+        found, _ = decode(decoder)
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled, "NUMBA", None)
+            expected, _ = decode(decoder)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+        assert not torch.allclose(found, before)
+
+
+def test_copies_and_pickles_bring_no_arrays_along(tiny_decoder: Callable[..., Decoder]) -> None:
+    decoder = tiny_decoder("gqa").float()
+    fresh = len(pickle.dumps(decoder))
+    decode(decoder)
+    assert len(pickle.dumps(decoder)) < 1.01 * fresh
+    again = pickle.loads(pickle.dumps(decoder))
+    assert torch.equal(decode(again)[0], decode(decoder)[0])
+
+
+def test_gradients_are_left_to_torch(tiny_decoder: Callable[..., Decoder]) -> None:
+    decoder = tiny_decoder("gqa").float()
+    cache = decoder.new_cache(num_slots=1, capacity=2)
+    hidden = decoder.forward_cached(torch.tensor([[7]]), cache, cached_layout([0], [0], 1, cache)).hidden
+    hidden.pow(3).sum().backward()
+    assert all(each.grad is not None and each.grad.any() for each in decoder.layers[0].self_attn.v_proj.parameters())

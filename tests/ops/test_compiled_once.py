@@ -117,3 +117,43 @@ def test_a_change_of_any_source_compiles_anew(tmp_path: Path) -> None:
     assert answer() == "4"
     (package / "inner.py").write_text((package / "inner.py").read_text().replace("x + 1", "x + 2"))
     assert answer() == "6"
+
+
+@pytest.mark.skipif(compiled.NUMBA is None, reason="numba is not installed")
+@pytest.mark.parametrize("damage", ("empty", "cut", "flipped"))
+def test_a_damaged_file_is_made_anew(damage: str, tmp_path: Path) -> None:
+    script = (
+        "import numpy as np\nfrom rorqual.ops.pointwise_numba import swiglu\n"
+        "x, out = np.ones((2, 3), np.float32), np.empty((2, 3), np.float32)\nswiglu(x, x, out)\nprint(out[0, 0])"
+    )
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def answer() -> str:
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    expected = answer()
+    files = [path for path in tmp_path.rglob("*") if path.suffix in (".nbi", ".nbc")]
+    assert len(files) == 2
+    for path in files:
+        content = path.read_bytes()
+        changed = {
+            "empty": b"",
+            "cut": content[: len(content) // 2],
+            "flipped": content[:-400] + bytes(255 - each for each in content[-400:]),
+        }
+        path.write_bytes(changed[damage])
+        assert answer() == expected
+    assert answer() == expected
+
+
+@pytest.mark.skipif(compiled.NUMBA is None, reason="numba is not installed")
+def test_a_read_only_install_without_a_home_still_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container that runs as a user without a folder of its own."""
+    monkeypatch.setattr(compiled.NUMBA.config, "CACHE_DIR", "")
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "/dev/null/nowhere")
+    monkeypatch.setattr(compiled, "__file__", "/proc/compiled.py")
+    found = compiled._cache_directory()
+    assert found is not None and found.is_dir() and os.access(found, os.W_OK)
+    found.rmdir()

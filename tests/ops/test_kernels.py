@@ -81,6 +81,15 @@ def test_swiglu_and_its_gradients_far_out_too() -> None:
         torch.testing.assert_close(exact(found), truth.detach(), rtol=1e-5, atol=1e-5)
 
 
+def test_swiglu_of_a_gate_that_no_float_squares() -> None:
+    gate, one = np.array([[-1e35, -3e38, 0.0]], dtype=np.float32), np.ones((1, 3), dtype=np.float32)
+    out, gate_gradient, up_gradient = (np.empty_like(gate) for _ in range(3))
+    swiglu(gate, one, out)
+    swiglu_backward(one, gate, one, gate_gradient, up_gradient)
+    assert out.tolist() == up_gradient.tolist() == [[0.0, 0.0, 0.0]]
+    assert gate_gradient.tolist() == [[0.0, 0.0, 0.5]]
+
+
 def test_rotation_and_back() -> None:
     x, angle = random(5, 3, 2, 4), random(5, 4)
     cos, sin = np.stack([np.cos(angle)] * 2, axis=1), np.stack([-np.sin(angle), np.sin(angle)], axis=1)
@@ -115,13 +124,15 @@ def test_attention_over_cached_keys(data: st.DataObject, groups: int, sharing: i
             torch.testing.assert_close(exact(out[row, head]), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_shared_prompt_is_read_in_its_own_slot() -> None:
-    k, v, q = random(2, 5, 1, 4), random(2, 5, 1, 4, seed=1), random(1, 1, 4, seed=2)
+@pytest.mark.parametrize("sharing", (1, 2, 3, 4))
+def test_a_shared_prompt_is_read_in_its_own_slot(sharing: int) -> None:
+    k, v, q = random(2, 5, 1, 4), random(2, 5, 1, 4, seed=1), random(1, sharing, 4, seed=2)
     k[1, :3], v[1, :3] = np.nan, np.nan
     out = np.empty_like(q)
     attend_once(q, k, v, RowReads(np.array([1]), np.array([5]), np.array([0]), np.array([3])), 1.0, out)
     keys, values = np.concatenate((k[0, :3], k[1, 3:]))[:, 0], np.concatenate((v[0, :3], v[1, 3:]))[:, 0]
-    close(out[0, 0], (exact(keys) @ exact(q[0, 0])).softmax(0) @ exact(values))
+    for head in range(sharing):
+        close(out[0, head], (exact(keys) @ exact(q[0, head])).softmax(0) @ exact(values))
 
 
 def test_the_next_token_is_turned_stored_and_seen() -> None:
