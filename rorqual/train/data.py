@@ -30,8 +30,9 @@ class PackedBatch:
 
     token_ids_T: what is fed. predict_index_N: the packed token whose hidden state predicts `target_N`.
     sequence_index_N: which sequence a target belongs to; targets are ordered by sequence. weight_N: loss weight of each
-    target, for the language-model objective. The others are for reinforcement learning, None or empty otherwise.
-    Log-probs are in nats.
+    target, for the language-model objective. indexer_weight_T: weight of each fed token in the indexers' loss, None
+    where it is not asked for. The others are for reinforcement learning, None or empty otherwise. Log-probs are in
+    nats.
     """
 
     token_ids_T: Tensor
@@ -48,6 +49,7 @@ class PackedBatch:
     domains_S: tuple[str, ...] = ()
     kept: KeptBatch | None = None
     routes_TLK: Tensor | None = None
+    indexer_weight_T: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rorqual.models.decoder import Decoder
+from rorqual.models.decoder import Decoder, DecoderOutput
 from rorqual.rl.diagnostics import Diagnostics, merge
 from rorqual.train.data import PackedBatch
+from rorqual.train.indexer import INDEXER, indexer_diagnostics
 from rorqual.train.logprobs import selected_logprobs
 from rorqual.train.optim import OptimizerConfig, learning_rate
 
@@ -60,13 +61,14 @@ def train_step(
     model: Decoder,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[PackedBatch],
-    objective: Objective,
+    objective: Objective | None,
     config: OptimizerConfig,
     step: int,
     temperature: float = 1.0,
 ) -> StepStats:
     """Accumulate the gradients of all micro-batches, then move the weights once. `temperature`: that of the sampler.
 
+    objective: None trains the indexers alone. Their loss is added for batches that ask for it (`with_indexer_loss`).
     Raises: TrainingDiverged, naming step, micro-batch and samples; ValueError when there is no micro-batch.
     """
     if not batches:
@@ -79,7 +81,7 @@ def train_step(
         loss, diagnostic = _backward(model, batch, objective, temperature, where=f"step {step}, micro-batch {index}")
         total += loss
         diagnostics.append(diagnostic)
-    gradient_norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm))
+    gradient_norm = _clip(model, config.max_grad_norm)
     if not math.isfinite(gradient_norm):
         _blame_gradient(model, batches, objective, temperature, step)
     rate = learning_rate(config, step)
@@ -105,7 +107,17 @@ def train_step(
 
 def batch_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """Log-probs [N] of the targets of one micro-batch, in nats, with the batch's kept sets and recorded routes."""
-    hidden_TD = model(batch.token_ids_T, batch.layout, batch.routes_TLK).hidden
+    return _target_logprobs(model, batch, _forward(model, batch).hidden, temperature)
+
+
+def _forward(model: Decoder, batch: PackedBatch) -> DecoderOutput:
+    output: DecoderOutput = model(
+        batch.token_ids_T, batch.layout, batch.routes_TLK, indexer_weight_T=batch.indexer_weight_T
+    )
+    return output
+
+
+def _target_logprobs(model: Decoder, batch: PackedBatch, hidden_TD: Tensor, temperature: float) -> Tensor:
     hidden_ND = hidden_TD.index_select(0, batch.predict_index_N)
     return selected_logprobs(hidden_ND, model.unembedding_VD, batch.target_N, temperature=temperature, kept=batch.kept)
 
@@ -131,10 +143,9 @@ def with_reference(batches: Sequence[PackedBatch], logprobs: Sequence[Tensor]) -
 
 
 def _backward(
-    model: Decoder, batch: PackedBatch, objective: Objective, temperature: float, where: str
+    model: Decoder, batch: PackedBatch, objective: Objective | None, temperature: float, where: str
 ) -> tuple[float, Diagnostics]:
-    current_N = batch_logprobs(model, batch, temperature)
-    loss, diagnostics = objective(current_N, batch)
+    loss, diagnostics, current_N = _loss(model, batch, objective, temperature)
     value = float(loss.detach())
     if not math.isfinite(value):
         model.zero_grad(set_to_none=True)
@@ -143,14 +154,43 @@ def _backward(
     return value, diagnostics
 
 
+def _loss(
+    model: Decoder, batch: PackedBatch, objective: Objective | None, temperature: float
+) -> tuple[Tensor, Diagnostics, Tensor]:
+    """The objective's loss and the indexers', what was measured, and the log-probs of the targets (none without an
+    objective)."""
+    output = _forward(model, batch)
+    losses = [each.total for each in output.indexer_losses]
+    diagnostics = [indexer_diagnostics(output.indexer_losses)] if losses else []
+    current_N = output.hidden.new_zeros(0)
+    if objective is not None:
+        current_N = _target_logprobs(model, batch, output.hidden, temperature)
+        loss, measured = objective(current_N, batch)
+        losses.append(loss)
+        diagnostics.append(measured)
+    if not losses:
+        raise ValueError("The batch asks for no indexer loss and there is no objective: nothing would be trained.")
+    return torch.stack(losses).sum(), merge(diagnostics), current_N
+
+
+def _clip(model: Decoder, max_norm: float) -> float:
+    """Indexers and model each by their own norm: they descend from losses that have nothing to do with each other.
+    Returns the norm of both."""
+    indexers = [each for name, each in model.named_parameters() if INDEXER in name]
+    known = {id(each) for each in indexers}
+    rest = [each for each in model.parameters() if id(each) not in known]
+    norms = [torch.nn.utils.clip_grad_norm_(part, max_norm) for part in (rest, indexers) if part]
+    return math.hypot(*(float(norm) for norm in norms))
+
+
 def _blame_gradient(
-    model: Decoder, batches: Sequence[PackedBatch], objective: Objective, temperature: float, step: int
+    model: Decoder, batches: Sequence[PackedBatch], objective: Objective | None, temperature: float, step: int
 ) -> None:
     """Repeat the micro-batches one by one, to name the first whose own gradient is not finite."""
     for index, batch in enumerate(batches):
         model.zero_grad(set_to_none=True)
-        current_N = batch_logprobs(model, batch, temperature)
-        objective(current_N, batch)[0].backward()
+        loss, _, current_N = _loss(model, batch, objective, temperature)
+        loss.backward()
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             model.zero_grad(set_to_none=True)
@@ -164,6 +204,11 @@ def _blame_gradient(
 
 
 def _message(what: str, where: str, current_N: Tensor, batch: PackedBatch, num_named: int = 3) -> str:
+    if not len(current_N):
+        return (
+            f"{what} in {where}, in the indexers' loss; no weight was changed. Lower the learning rate, or resume from "
+            "an earlier checkpoint."
+        )
     current_N = current_N.detach()
     severity_N = torch.where(current_N.isfinite(), -current_N, math.inf)
     worst = severity_N.argsort(descending=True)[:num_named].tolist()
