@@ -26,16 +26,17 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message names the key, where it was set, and what was expected."""
 
 
-def load_config(path: str | Path, kind: type[ConfigType], overrides: Sequence[str] = ()) -> ConfigType:
+def load_config(path: str | Path | None, kind: type[ConfigType], overrides: Sequence[str] = ()) -> ConfigType:
     """Read a TOML file into `kind`, then apply overrides such as "optimizer.learning_rate=1e-4" or "tasks.0.name=ab".
 
-    An override's value is read as TOML; what is not TOML is text. An index one past the end of a tuple appends to it.
+    Without a file, the overrides change the defaults of `kind`. An override's value is read as TOML; what is not TOML
+    is text. An index one past the end of a tuple appends to it.
     The top-level key `recipe` names the recipe and not one of its settings: it is left out unless `kind` has such a
     field. Raises: ConfigError for an unreadable file, an unknown key (with the nearest valid one), a wrong type or a
     missing key.
     """
-    source = str(path)
-    table = _read_toml(path)
+    source = "the defaults" if path is None else str(path)
+    table = {} if path is None else _read_toml(path)
     if "recipe" not in kind.__struct_fields__:
         table.pop("recipe", None)
     tree = _merge(_defaults(kind), table, kind, (), source)

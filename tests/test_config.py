@@ -64,6 +64,16 @@ def load(tmp_path: Path):
 MINIMAL = 'recipe = "r1_zero"\n[model]\nfamily = "llama"\n'
 
 
+def test_without_a_file_the_defaults_are_changed() -> None:
+    class Small(Record):
+        size: int = 3
+        name: str = "a"
+
+    assert load_config(None, Small, ["size=4"]) == Small(size=4)
+    with pytest.raises(ConfigError, match="did you mean|size"):
+        load_config(None, Small, ["sise=4"])
+
+
 def test_file_then_overrides_win_over_defaults(load) -> None:
     text = 'seed = 3\nlearning_rate = 1\n[model]\nfamily = "llama"\nexpert = { count = 4 }\n'
     config = load(text, "seed=5", "model.expert.rate=0.25", "datasets.0.weight=2", "datasets.1.name=bf", "betas.1=0.99")

@@ -6,6 +6,7 @@ A ValueError is for the person at the keyboard: it becomes one message and exit 
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -83,10 +84,43 @@ def run(
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(RECIPES)}."
         raise ValueError(f"{config}: there is no recipe {name!r}{hint}")
+    _run_recipe(name, config, settings or (), out or Path("runs") / f"{name}-{config.stem}")
+
+
+@app.command()
+def sparsify(
+    checkpoint: Annotated[Path, typer.Argument(help="A dense checkpoint in Hugging Face's layout.")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Files or directories of text; repeatable. By default Python's own library."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file; by default DeepSeek's numbers.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="One setting, as section.key=value; repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The run directory; by default runs/sparsify-CHECKPOINT.")] = None,
+) -> None:
+    """Give a dense model sparse attention (DSA): warm up its indexers, then train it sparse.
+
+    Interrupted at any moment, the same command goes on from the last checkpoint. Write the result with `convert`.
+
+    Examples:
+
+        rorqual sparsify checkpoints/Qwen3-0.6B --text corpus/ --set device=cuda --set sequence_length=8192 --set dsa.top_k=512
+
+        rorqual convert runs/sparsify-Qwen3-0.6B checkpoints/Qwen3-0.6B-sparse
+    """  # noqa: E501
+    given = [f"checkpoint={json.dumps(str(checkpoint))}"]
+    if text:
+        given.append(f"text.paths={json.dumps([str(path) for path in text])}")
+    directory = out or Path("runs") / f"sparsify-{checkpoint.resolve().name}"
+    _run_recipe("sparsify", config, [*given, *(settings or ())], directory)
+
+
+def _run_recipe(name: str, config: Path | None, settings: Sequence[str], directory: Path) -> None:
     recipe = RECIPES[name]
-    settings_of_run = load_config(config, recipe.Config, settings or ())
+    settings_of_run = load_config(config, recipe.Config, settings)
     recipe.check(settings_of_run)
-    directory = out or Path("runs") / f"{name}-{config.stem}"
     command = ["rorqual", *sys.argv[1:]]
     with Run.open(directory, settings_of_run, recipe.seeds(settings_of_run), command, recipe=name) as store:
         if len(store.manifest["sessions"]) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,23 @@ def _from_run(folder: Path, stage: str | None, device: str) -> Policy:
     checkpoint = run.latest_checkpoint(chosen)
     if checkpoint is None:
         raise StoreError(f"{folder} has no finished checkpoint of stage {chosen!r} yet.")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype]
-    base = Decoder(config.model).to(dtype) if config.model is not None else load_checkpoint(config.checkpoint, dtype)
-    load_weights(Path(checkpoint.path) / "model.safetensors", base)
-    return Policy(
+    recipe = RECIPES[name]
+    model = recipe.architecture(config, chosen)
+    load_weights(Path(checkpoint.path) / "model.safetensors", model)
+    policy = Policy(
         label=f"{folder.resolve().name}/{chosen}@{checkpoint.step}",
-        model=base.to(device),
-        encoding=Encoding(Tokenizer.load(folder / "tokenizer"), config.encoding),
+        model=model.to(device),
+        encoding=Encoding(Tokenizer.load(folder / "tokenizer"), getattr(config, "encoding", EncodingConfig())),
         tokenizer_folder=folder / "tokenizer",
+        single_turn=True,  # every recipe plays one turn
+    )
+    if not hasattr(recipe, "problems"):
+        return policy
+    return replace(
+        policy,
         dialogue=config.dialogue,
         trained_questions=lambda: _trained_questions(name, config),
         own=OwnProblems(lambda number: _held_out(name, config, number), config.evaluation.num_problems, config.rewards),
-        single_turn=True,  # every recipe plays one turn
     )
 
 

@@ -48,12 +48,13 @@ class DecoderOutput:
 
 @dataclass(frozen=True)
 class BlockInput:
-    """What is given to a block beside the tokens: experts [T, K] and selection to use instead of its own choice, and
-    the weights of the queries in the indexer's loss."""
+    """What is given to a block beside the tokens: experts [T, K] and selection to use instead of its own choice, the
+    weights of the queries in the indexer's loss, and how many keys to measure the recall of."""
 
     experts_TK: Tensor | None = None
     selected_TS: Tensor | None = None
     loss_weight_T: Tensor | None = None
+    recall_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Block(nn.Module):
         if not isinstance(attention, SparseAttention):
             x_TD = x_TD + attention(normed_TD, rotations.main, layout)
             return BlockOutput(*self._feed_forward(x_TD, given.experts_TK))
-        request = SparseRequest(given.selected_TS, given.loss_weight_T)
+        request = SparseRequest(given.selected_TS, given.loss_weight_T, given.recall_at)
         sparse = attention.forward_sparse(normed_TD, rotations, layout, request)
         after = self._feed_forward(x_TD + sparse.out_TD, given.experts_TK)
         return BlockOutput(*after, sparse.selected_TS, sparse.loss)
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
         """Hidden states [T, D] of packed tokens. `routes_TLK` forces the experts; rows of -1 leave the router free.
 
         selections_TLS: forces what the layers with an indexer select. indexer_weight_T: asks for the indexers' losses,
-        with these weights of the queries.
+        with these weights of the queries; where attention is dense and no gradient is kept, also for their recall.
         Raises: ValueError when routes or selections are not those of T tokens and of this model's layers.
         """
         forced = self._forced_experts(routes_TLK, len(token_ids_T))
@@ -161,10 +162,12 @@ class Decoder(nn.Module):
         x_TD = self.embed_tokens(token_ids_T)
         rotations = self.rotations(layout.positions_T, x_TD.dtype)
         outputs: list[BlockOutput] = []
+        measures = self.config.dsa is not None and self.config.attention == "dense" and not torch.is_grad_enabled()
+        recall_at = self.config.dsa.top_k if self.config.dsa is not None and measures else 0
         selected_TS: Tensor | None = None
         for layer, block in enumerate(self.layers):
             below_TS = selected_TS if self._shares_selection(layer) else selections.get(layer)
-            given = BlockInput(forced.get(layer), below_TS, indexer_weight_T)
+            given = BlockInput(forced.get(layer), below_TS, indexer_weight_T, recall_at)
             output = self._run_block(cast(Block, block), x_TD, rotations, layout, given)
             x_TD, selected_TS = output.x_TD, output.selected_TS
             outputs.append(output)

@@ -33,11 +33,16 @@ from rorqual.ops import dsa, dsa_tiled
 @dataclass(frozen=True)
 class IndexerLoss:
     """One layer's. total: the KL of its queries, weighted and summed, with a gradient for the indexer alone. kl_T and
-    uniform_T: KL of each query, and that of an indexer that knows nothing, in nats."""
+    uniform_T: KL of each query, and that of an indexer that knows nothing, in nats.
+
+    recall_T: the share of the attention that lies on the keys that would be selected. It is measured where attention is
+    dense and nothing is trained.
+    """
 
     total: Tensor
     kl_T: Tensor
     uniform_T: Tensor
+    recall_T: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,11 @@ class Rotations:
 @dataclass(frozen=True)
 class SparseRequest:
     """selected_TS: a selection to use instead of the layer's own. loss_weight_T: weights of the queries in the
-    indexer's loss; None does not compute it."""
+    indexer's loss; None does not compute it. recall_at: with the loss, measure the recall of so many keys."""
 
     selected_TS: Tensor | None = None
     loss_weight_T: Tensor | None = None
+    recall_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ def attend_packed_sparse(
         selected_TS = select_packed(_present(index), layout, top_k)
     loss = None
     if request.loss_weight_T is not None and index is not None:
-        loss = _packed_loss(heads, index, layout, selected_TS, request.loss_weight_T)
+        loss = _packed_loss(heads, index, layout, selected_TS, request)
     if selected_TS is None or takes_all(layout.num_keys, top_k):
         return attend_packed(*heads[:3], layout, heads.scale).unflatten(1, (heads.q.shape[1], -1)), selected_TS, loss
     outputs = [
@@ -210,24 +216,27 @@ def _packed_loss(
     index: dsa.IndexerOutput,
     layout: PackedLayout,
     selected_TS: Tensor | None,
-    weight_T: Tensor,
+    request: SparseRequest,
 ) -> IndexerLoss:
-    totals, measured = [], []
+    assert request.loss_weight_T is not None
+    totals, measured, recalls = [], [], []
     for block in layout.blocks:
         queries, keys = block.query_index_RQ, block.key_index_RK
         main = dsa_tiled.MainAttention(
             _rows(heads.q, queries), _rows(heads.k, keys), heads.scale, block.last_key_RQ(), block.key_valid_RK
         )
         rows = dsa.IndexerOutput(_rows(index.q, queries), _rows(index.k, keys), _rows(index.weight, queries))
-        weight_RQ = _rows(weight_T, queries)
+        weight_RQ = _rows(request.loss_weight_T, queries)
         if block.query_valid_RQ is not None:
             weight_RQ = weight_RQ.masked_fill(~block.query_valid_RQ, 0.0)
         selected_RQS = None if selected_TS is None else _key_indices(_rows(selected_TS, queries), block)
         total, kl_RQ, uniform_RQ = dsa_tiled.indexer_kl(main, rows, weight_RQ, selected_RQS)
         totals.append(total)
         measured.append(torch.stack((kl_RQ, uniform_RQ), dim=-1))
+        if request.recall_at:
+            recalls.append(dsa_tiled.attention_recall(main, rows, request.recall_at))
     kl_T, uniform_T = layout.in_packed_order(measured).unbind(dim=-1)
-    return IndexerLoss(torch.stack(totals).sum(), kl_T, uniform_T)
+    return IndexerLoss(torch.stack(totals).sum(), kl_T, uniform_T, layout.in_packed_order(recalls) if recalls else None)
 
 
 def _rows(x_T: Tensor, index_RQ: Tensor) -> Tensor:

@@ -153,6 +153,24 @@ def indexer_kl(
     return loss, kl_RQ, uniform_RQ
 
 
+@torch.no_grad()
+def attention_recall(main: MainAttention, index: dsa.IndexerOutput, top_k: int) -> Tensor:
+    """How much of the main attention, averaged over its heads, lies on the keys that would be selected: [R, Q].
+
+    1 where all visible keys are. What a query would lose of its attention, had it not learned to do with the rest.
+    """
+    everything = _Problem(main, torch.empty(0), None)
+    recall_RQ = torch.zeros(main.last_RQ.shape, dtype=main.q.dtype, device=main.q.device)
+    for tile in everything.tiles(index.q.shape[2]):
+        seen = int(main.last_RQ[:, tile].max()) + 1
+        target_RXK, visible_RXK = everything.target(tile, seen)
+        scores_RXK = everything.scores(tile, index.q[:, tile], index.k[:, :seen], index.weight[:, tile])
+        selected_RXS = dsa.select(scores_RXK, visible_RXK, top_k)
+        share_RXS = target_RXK.gather(-1, selected_RXS.clamp(min=0)).masked_fill(selected_RXS < 0, 0.0)
+        recall_RQ[:, tile] = share_RXS.sum(dim=-1)
+    return recall_RQ
+
+
 class _Problem(NamedTuple):
     """The constants of the indexer's loss."""
 

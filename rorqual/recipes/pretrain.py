@@ -7,21 +7,19 @@ The data cursor is one integer: documents are made from their index.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 
 from rorqual.models.decoder import Decoder
 from rorqual.recipes.progress import Progress
+from rorqual.recipes.stage import StagePlan, run_stage
 from rorqual.records import Message, Record
 from rorqual.store.run import Run
 from rorqual.synth.worked import Corpus, Document
 from rorqual.text.encoding import Encoding
 from rorqual.text.tokenizer import Tokenizer, train_tokenizer
-from rorqual.train.checkpoint import load_training_state, save_training_state
-from rorqual.train.data import pack_documents
+from rorqual.train.data import PackedBatch, pack_documents
 from rorqual.train.objectives import language_model_objective
-from rorqual.train.optim import OptimizerConfig, build_optimizer
-from rorqual.train.step import train_step
+from rorqual.train.optim import OptimizerConfig
 
 STAGE = "pretrain"
 
@@ -50,8 +48,9 @@ class TokenizerConfig(Record):
     split_words: bool = True
 
 
-def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, corpus: Corpus, run: Run) -> Tokenizer:
-    """The tokenizer of the run, else the one that the config names, else one trained now; it is saved with the run.
+def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, texts: Iterable[str], run: Run) -> Tokenizer:
+    """The tokenizer of the run, else the one that the config names, else one trained on `texts` now; it is saved with
+    the run.
 
     Raises: ValueError when it has more tokens than `vocab_size`, the model's rows.
     """
@@ -61,8 +60,6 @@ def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, corpus: Corpus, 
     if config.path:
         tokenizer = Tokenizer.load(config.path)
     else:
-        documents = (corpus.document(index) for index in range(config.num_documents))
-        texts = [document.question + document.response for document in documents]
         tokenizer = train_tokenizer(texts, vocab_size, split_words=config.split_words)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
@@ -71,6 +68,13 @@ def prepare_tokenizer(config: TokenizerConfig, vocab_size: int, corpus: Corpus, 
         )
     tokenizer.save(directory)
     return tokenizer
+
+
+def corpus_texts(corpus: Corpus, num_documents: int) -> Iterator[str]:
+    """The first documents of the corpus, to train a tokenizer on."""
+    for index in range(num_documents):
+        document = corpus.document(index)
+        yield document.question + document.response
 
 
 def encode_document(document: Document, encoding: Encoding, prompt_weight: float) -> tuple[array[int], array[float]]:
@@ -85,28 +89,16 @@ def run_pretrain(
 ) -> None:
     """Train `model` in place; resumes from the newest checkpoint of this run."""
     model.checkpoint_activations = config.checkpoint_activations
-    optimizer = build_optimizer(model, config.optimizer)
-    done = 0
-    checkpoint = run.latest_checkpoint(STAGE)
-    if checkpoint is not None:
-        load_training_state(Path(checkpoint.path), model, optimizer)
-        done = checkpoint.step
-    run.rewind(STAGE, done)
-    with progress.bar(STAGE, config.num_steps) as bar:
-        for step in range(done, config.num_steps):
-            documents = _documents(corpus, encoding, step, config)
-            batches = pack_documents(
-                [ids for ids, _ in documents],
-                config.token_budget,
-                weights=[weights for _, weights in documents],
-                device=model.embed_tokens.weight.device,
-            )
-            stats = train_step(model, optimizer, batches, language_model_objective(batches), config.optimizer, step)
-            figures = {"loss": stats.loss, "gradient_norm": stats.gradient_norm, "learning_rate": stats.learning_rate}
-            run.append_metrics(STAGE, step + 1, {**figures, "num_tokens": stats.num_tokens, "seconds": stats.seconds})
-            bar.advance(step + 1, {"loss": stats.loss})
-            if (step + 1) % config.checkpoint_every_steps == 0 or step + 1 == config.num_steps:
-                run.write_checkpoint(STAGE, step + 1, lambda path: save_training_state(path, model, optimizer, {}))
+
+    def batches(step: int) -> list[PackedBatch]:
+        documents = _documents(corpus, encoding, step, config)
+        ids, weights = [ids for ids, _ in documents], [weights for _, weights in documents]
+        return pack_documents(ids, config.token_budget, weights=weights, device=model.embed_tokens.weight.device)
+
+    plan = StagePlan(
+        STAGE, config.num_steps, config.checkpoint_every_steps, config.optimizer, batches, language_model_objective
+    )
+    run_stage(plan, model, run, progress)
 
 
 def _documents(

@@ -25,7 +25,7 @@ from rorqual.models.checkpoints import load_checkpoint
 from rorqual.models.config import ModelConfig
 from rorqual.models.decoder import Decoder
 from rorqual.recipes.grpo import GrpoConfig, GrpoParts, run_grpo
-from rorqual.recipes.pretrain import PretrainConfig, TokenizerConfig, prepare_tokenizer, run_pretrain
+from rorqual.recipes.pretrain import PretrainConfig, TokenizerConfig, corpus_texts, prepare_tokenizer, run_pretrain
 from rorqual.recipes.problems import Problems
 from rorqual.recipes.progress import Bar, Progress
 from rorqual.records import Record, SamplingParams, Task
@@ -132,16 +132,23 @@ def check(config: R1ZeroConfig) -> None:
     problems(config).held_out(config.evaluation.num_problems)
 
 
+def architecture(config: R1ZeroConfig, stage: str) -> Decoder:
+    """A model of the kind that every stage trains, for its checkpoint to be read into."""
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    return Decoder(config.model).to(dtype) if config.model is not None else load_checkpoint(config.checkpoint, dtype)
+
+
 def _base_model(config: R1ZeroConfig, run: Run, progress: Progress) -> tuple[Decoder, Encoding]:
     """The base: read from a checkpoint, or pre-trained on the corpus from random weights."""
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     corpus = Corpus(config.corpus, [train_source(source) for source in problems(config).sources])
+    texts = corpus_texts(corpus, config.tokenizer.num_documents)
     if config.model is None:
         base = load_checkpoint(Path(config.checkpoint), dtype=dtype, device=torch.device(config.device))
         tokenizer_config = msgspec.structs.replace(config.tokenizer, path=config.tokenizer.path or config.checkpoint)
-        tokenizer = prepare_tokenizer(tokenizer_config, base.config.vocab_size, corpus, run)
+        tokenizer = prepare_tokenizer(tokenizer_config, base.config.vocab_size, texts, run)
         return base, Encoding(tokenizer, config.encoding)
-    tokenizer = prepare_tokenizer(config.tokenizer, config.model.vocab_size, corpus, run)
+    tokenizer = prepare_tokenizer(config.tokenizer, config.model.vocab_size, texts, run)
     encoding = Encoding(tokenizer, config.encoding)
     base = Decoder(config.model)
     base.initialize(torch.Generator().manual_seed(config.seed))

@@ -519,7 +519,7 @@ def test_too_many_threads_are_found(monkeypatch, tmp_path: Path) -> None:
 def test_every_verb_has_help_with_an_example() -> None:
     group = typer.main.get_command(command_line.app)
     verbs = {name: command for name, command in group.commands.items() if not command.hidden}
-    assert verbs.keys() == {"run", "eval", "chat", "convert", "report", "doctor"}
+    assert verbs.keys() == {"run", "sparsify", "eval", "chat", "convert", "report", "doctor"}
     for name, command in verbs.items():
         assert f"rorqual {name}" in command.help
         assert all(parameter.help for parameter in command.params)
@@ -530,3 +530,26 @@ def test_every_verb_has_help_with_an_example() -> None:
 def test_module_can_be_run() -> None:
     answer = subprocess.run([sys.executable, "-m", "rorqual.cli", "--help"], capture_output=True, text=True, check=True)
     assert "doctor" in answer.stdout
+
+
+def test_sparsify_and_convert_make_a_sparse_checkpoint(checkpoint: Path, tmp_path: Path, capsys) -> None:
+    """The verb's own arguments, settings on top, another call that goes on, and the export."""
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(10):
+        (text / f"{number}.txt").write_text(f"{number} + {number} = {2 * number}. " * 20)
+    stage = "num_steps=1, sequences_per_step=2, token_budget=64, optimizer={learning_rate=1e-3}"
+    settings = ["sequence_length=24", "dsa={top_k=4, num_heads=2, head_dim=8, rope_dim=4}", "text.held_out_share=0.3"]
+    settings += [f"warmup={{{stage}}}", f"sparse={{{stage}}}"]
+    command = ["sparsify", str(checkpoint), "--text", str(text), "--out", str(tmp_path / "run")]
+    command += [part for setting in settings for part in ("--set", setting)]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "of the attention found" in shown
+    assert main(command) == 0
+    assert "Going on with" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "sparse")]) == 0
+    model = load_checkpoint(tmp_path / "sparse")
+    assert model.config.attention == "dsa" and model.config.dsa is not None and model.config.dsa.top_k == 4
+    assert main(["sparsify", str(tmp_path / "absent"), "--text", str(text)]) == 2
+    assert "absent/config.json does not exist" in capsys.readouterr().err.replace("\n", "")

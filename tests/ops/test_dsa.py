@@ -294,3 +294,19 @@ def test_fp8_rounding_lets_gradients_pass() -> None:
     dsa.fp8_round(x).sum().backward()
     assert torch.equal(x.grad, torch.ones_like(x))
     assert not torch.equal(dsa.fp8_round(x), x)
+
+
+@pytest.mark.parametrize("top_k", [1, 3, 99])
+def test_recall_is_the_share_of_attention_on_the_selected_keys(top_k: int, tile_size: int) -> None:
+    p = problem()
+    index = dsa.IndexerOutput(p["index_q"], p["index_k"], p["weight"])
+    main = dsa_tiled.MainAttention(p["q"], p["k"], SCALE, p["last"], p["key_valid"])
+    found = dsa_tiled.attention_recall(main, index, top_k)
+    everything, selected = selection(p, 99), selection(p, top_k)
+    weights = dsa.attention_weights(p["q"], p["k"], everything, SCALE).mean(dim=2)
+    for row, query in itertools.product(range(2), range(7)):
+        chosen = set(selected[row, query].tolist()) - {-1}
+        keys = everything[row, query].tolist()
+        expected = sum(float(weights[row, query, at]) for at, key in enumerate(keys) if key in chosen)
+        assert float(found[row, query]) == pytest.approx(expected, abs=1e-12)
+    assert torch.allclose(found, torch.ones_like(found)) == (top_k == 99)
