@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rorqual.engines.local import EngineConfig, LocalEngine
-from rorqual.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import causal_layout
 from rorqual.records import Completion, GenerateRequest, SamplingParams
@@ -19,6 +19,8 @@ VOCABULARY = 50
 
 
 def tiny_model(kind: str = "mla", dtype: torch.dtype = torch.float64) -> Decoder:
+    """"mla" has experts. "+dsa" selects 6 keys."""
+    kind, _, sparse = kind.partition("+")
     mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=12)
     moe = MoEConfig(
         num_experts=8,
@@ -31,6 +33,8 @@ def tiny_model(kind: str = "mla", dtype: torch.dtype = torch.float64) -> Decoder
     )
     config = ModelConfig(
         family="deepseek_v3" if kind == "mla" else "qwen3",
+        attention="dsa" if sparse else "dense",
+        dsa=DSAConfig(top_k=6, num_heads=2, head_dim=8, rope_dim=8) if sparse else None,
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -86,7 +90,7 @@ def assert_alike(first: Completion, second: Completion) -> None:
     assert list(first.logprobs) == pytest.approx(list(second.logprobs), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "mla+dsa", "gqa+dsa"])
 @pytest.mark.parametrize(("num_slots", "chunk"), [(1, 3), (3, 5), (8, 100), (24, 8192)])
 def test_what_is_drawn_does_not_depend_on_the_schedule(kind: str, num_slots: int, chunk: int) -> None:
     model = tiny_model(kind)
@@ -98,7 +102,7 @@ def test_what_is_drawn_does_not_depend_on_the_schedule(kind: str, num_slots: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kind", ["mla", "gqa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "mla+dsa", "gqa+dsa"])
 def test_records_equal_the_packed_forward_pass(kind: str, dtype: torch.dtype) -> None:
     """Log-probs over the kept set, entropies, kept mass and routes, recomputed by one uncached pass.
 
@@ -329,7 +333,7 @@ def test_many_rows_read_the_prompts_of_their_own_groups() -> None:
         torch.testing.assert_close(torch.tensor(completion.logprobs.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ("mla", "gqa"))
+@pytest.mark.parametrize("kind", ("mla", "gqa", "gqa+dsa"))
 def test_an_interrupted_step_leaves_nothing_wrong_behind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between the forward pass and the draw, the request goes on as if nothing had been, and so does the turn
     that continues it."""
