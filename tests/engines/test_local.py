@@ -19,7 +19,7 @@ VOCABULARY = 50
 
 
 def tiny_model(kind: str = "mla", dtype: torch.dtype = torch.float64) -> Decoder:
-    """"mla" has experts. "+dsa" selects 6 keys."""
+    """ "mla" has experts. "+dsa" selects 6 keys."""
     kind, _, sparse = kind.partition("+")
     mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=12)
     moe = MoEConfig(
