@@ -150,6 +150,21 @@ class Routes(Record):
         return len(self.experts) // (self.num_layers * self.experts_per_token)
 
 
+class Selections(Record):
+    """The keys that sparse attention selected while sampling: `positions` is [num_tokens, num_layers, top_k],
+    flattened, of the layers with an indexer. A token's selection is ascending, -1 behind its last key.
+
+    `Selections(positions=array("i", [0, -1, 0, 1]), num_layers=1, top_k=2)` holds two tokens.
+    """
+
+    positions: IntArray
+    num_layers: int
+    top_k: int
+
+    def __len__(self) -> int:
+        return len(self.positions) // (self.num_layers * self.top_k)
+
+
 class GenerateRequest(Record):
     """Continue `prompt_ids`. `request_id` is the caller's, unique among requests in flight.
 
@@ -167,7 +182,8 @@ class Completion(Record):
     logprobs: behaviour log-prob of each drawn token, under the distribution it was drawn from (tempered, truncated,
         renormalised), in nats. entropies: of that same distribution, in nats. kept: None when nothing was truncated.
     kept_mass: probability that the truncation kept, before renormalising. routes: of every token that was fed to the
-        model, prompt included and the last drawn token excluded; None for a dense model.
+        model, prompt included and the last drawn token excluded; None for a dense model. selections: of the same
+        tokens, where the engine records them.
     """
 
     request_id: str
@@ -179,6 +195,7 @@ class Completion(Record):
     weight_version: int
     kept: KeptTokens | None = None
     routes: Routes | None = None
+    selections: Selections | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ trajectory
@@ -187,9 +204,9 @@ class Completion(Record):
 class Segment(Record):
     """One exact token context; inside a segment the context only grows.
 
-    All columns but `kept` and `routes` have one entry a token. `sampled` is 1 where the policy drew the token,
-    `logprobs` and `entropies` are 0 elsewhere. `kept` has one set for each sampled token; `routes` one row for each
-    token but the last.
+    All columns but `kept`, `routes` and `selections` have one entry a token. `sampled` is 1 where the policy drew the
+    token, `logprobs` and `entropies` are 0 elsewhere. `kept` has one set for each sampled token; `routes` and
+    `selections` one row for each token but the last.
     `Segment(token_ids=array("i", [1, 44, 7]), sampled=array("b", [0, 0, 1]), logprobs=array("f", [0, 0, -0.5]), ...)`
     """
 
@@ -201,6 +218,7 @@ class Segment(Record):
     kept: KeptTokens | None = None
     kept_mass: float = 1.0
     routes: Routes | None = None
+    selections: Selections | None = None
     parent: int | None = None
     break_reason: Literal["new_user", "summary", "discard_75", "discard_all"] | None = None
 
@@ -279,6 +297,7 @@ class TrainSample(Record):
     weight_version: int
     kept: KeptTokens | None = None
     routes: Routes | None = None
+    selections: Selections | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------ JSON

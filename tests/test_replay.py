@@ -9,23 +9,28 @@ from __future__ import annotations
 
 from array import array
 
+import msgspec
 import pytest
 import torch
 
 from rorqual.engines.local import EngineConfig, LocalEngine
-from rorqual.models.config import MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
 from rorqual.models.decoder import Decoder
 from rorqual.models.moe import Router
 from rorqual.records import GenerateRequest, SamplingParams, TrainSample
 from rorqual.train.data import PackedBatch, pack_samples
+from rorqual.train.indexer import INDEXER
 from rorqual.train.step import compute_logprobs
 
 VOCABULARY = 60
 
 
-def moe_model() -> Decoder:
+def moe_model(sparse: bool = False) -> Decoder:
+    """With `sparse`, its attention selects 6 keys."""
     config = ModelConfig(
-        family="deepseek_v3",
+        family="deepseek_v32" if sparse else "deepseek_v3",
+        attention="dsa" if sparse else "dense",
+        dsa=DSAConfig(top_k=6, num_heads=2, head_dim=8, rope_dim=8) if sparse else None,
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=64,
@@ -59,7 +64,7 @@ def sampled(model: Decoder, temperature: float) -> list[TrainSample]:
         for group, prompt in enumerate(prompts)
         for member in range(4)
     ]
-    completions = LocalEngine(model, EngineConfig(num_slots=6)).generate(requests)
+    completions = LocalEngine(model, EngineConfig(num_slots=6, record_selections=True)).generate(requests)
     return [
         TrainSample(
             sample_id=request.request_id,
@@ -73,6 +78,7 @@ def sampled(model: Decoder, temperature: float) -> list[TrainSample]:
             weight_version=0,
             kept=completion.kept,
             routes=completion.routes,
+            selections=completion.selections,
         )
         for request, completion in zip(requests, completions, strict=True)
     ]
@@ -106,3 +112,37 @@ def test_the_ratio_is_one_with_replay_and_only_with_it(temperature: float, share
     assert log_ratio(keep_routing=True, keep_sampling_mask=True) < 2e-5
     assert log_ratio(keep_routing=True, keep_sampling_mask=False) > 0.02
     assert log_ratio(keep_routing=False, keep_sampling_mask=True) > 0.02
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+def test_selections_are_replayed_too(share_prefix: bool) -> None:
+    """The indexers change between sampling and training, and nothing else does. A sample of which nothing was recorded
+    selects anew beside those that replay."""
+    model = moe_model(sparse=True)
+    samples = sampled(model, 1.0)
+    assert all(
+        sample.selections is not None and len(sample.selections) == len(sample.token_ids) - 1 for sample in samples
+    )
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if INDEXER in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+
+    def log_ratio(chosen: list[TrainSample]) -> float:
+        return largest_log_ratio(model, pack_samples(chosen, 100, share_prefix=share_prefix), 1.0)
+
+    assert log_ratio(samples) < 2e-5
+    forgotten = [msgspec.structs.replace(sample, selections=None) for sample in samples]
+    assert log_ratio(forgotten) > 0.02
+    mixed = [*samples[:8], *forgotten[8:]]
+    (batch,) = pack_samples(mixed, 10_000, share_prefix=share_prefix)
+    assert batch.selections_TLS is not None and (batch.selections_TLS[:, 0, 0] == -1).any()
+    (logprobs_N,) = compute_logprobs(model, [batch])
+    assert batch.behaviour_N is not None
+    by_sample = [
+        float((logprobs_N - batch.behaviour_N)[batch.sequence_index_N == index].abs().max()) for index in range(16)
+    ]
+    recorded = [batch.sample_ids[index] in {sample.sample_id for sample in samples[:8]} for index in range(16)]
+    assert max(value for value, kept in zip(by_sample, recorded, strict=True) if kept) < 2e-5
+    assert max(value for value, kept in zip(by_sample, recorded, strict=True) if not kept) > 0.02

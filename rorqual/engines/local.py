@@ -29,11 +29,13 @@ INITIAL_CAPACITY = 128
 
 class EngineConfig(Record):
     """num_slots: sequences in the cache at once, ended ones kept for reuse included. prefill_chunk_tokens: most
-    prompt tokens, padding included, that one step feeds. context_window: 0 takes the model's."""
+    prompt tokens, padding included, that one step feeds. context_window: 0 takes the model's. record_selections: return
+    which keys sparse attention selected, to be replayed in training: 4 bytes a key, layer and token."""
 
     num_slots: int = 64
     prefill_chunk_tokens: int = 8192
     context_window: int = 0
+    record_selections: bool = False
 
     def __post_init__(self) -> None:
         """Raises: ValueError naming the field that is out of range."""
@@ -55,7 +57,9 @@ class LocalEngine:
                 f"{model.config.context_window} tokens. Lower it, or set 0 to take the model's."
             )
         capacity = min(INITIAL_CAPACITY, self.context_window)
-        self.table = SlotTable(model, self.config.num_slots, capacity, max_capacity=self.context_window)
+        self.table = SlotTable(
+            model, self.config.num_slots, capacity, self.context_window, self.config.record_selections
+        )
         self.queue: deque[GenerateRequest] = deque()
         self.undelivered: list[Completion] = []
         self.num_decoding = 0
@@ -277,6 +281,7 @@ class LocalEngine:
         layout = cached_layout(rows.tolist(), starts, num_queries, table.cache)
         output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
         table.record_routes(rows, positions_RQ, output.routes)
+        table.record_selections(rows, positions_RQ, output.selections)
         table.cached[rows] += new
         table.prompt_hidden[rows] = output.hidden[self._tensor(np.arange(len(rows))), self._tensor(new - 1)]
 
@@ -289,6 +294,7 @@ class LocalEngine:
         layout = cached_layout(range(self.num_decoding), positions_RQ[:, 0], 1, table.cache, shared)
         output = self.model.forward_cached(self._tensor(table.tokens[rows[:, None], positions_RQ]), table.cache, layout)
         table.record_routes(rows, positions_RQ, output.routes)
+        table.record_selections(rows, positions_RQ, output.selections)
         table.cached[rows] = table.length[rows]
         return self._draw(range(self.num_decoding), output.hidden[:, 0])
 

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.engines.sampling import Draws
 from rorqual.models.cache import KVCache
 from rorqual.models.decoder import Decoder
-from rorqual.records import Completion, GenerateRequest, KeptTokens, Routes, from_json, to_json
+from rorqual.records import Completion, GenerateRequest, KeptTokens, Routes, Selections, from_json, to_json
 
 ROW_COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass")
+REPLAY_COLUMNS = ("routes", "selections")
 SLOT_COLUMNS = ("length", "cached", "prompt_length", "last_used", "family")
 
 
@@ -32,10 +34,12 @@ class SlotTable:
     tokens [S, C]: prompt, then drawn tokens; length: how many are known; cached: how many the cache holds;
     prompt_length: how many came with the request; last_used: step of the last use, for eviction; family: slots of
     one number hold the same prompt; prompt_hidden [S, D]: hidden state after the last prompt token; routes [S, C,
-    L*K]; kept: one array of ids for each drawn token.
+    L*K]; selections: likewise, where they are recorded; kept: one array of ids for each drawn token.
     """
 
-    def __init__(self, model: Decoder, num_slots: int, capacity: int, max_capacity: int) -> None:
+    def __init__(
+        self, model: Decoder, num_slots: int, capacity: int, max_capacity: int, record_selections: bool = False
+    ) -> None:
         self.num_slots, self.capacity, self.max_capacity = num_slots, capacity, max_capacity
         self.cache: KVCache = model.new_cache(num_slots, capacity)
         self.tokens = np.zeros((num_slots, capacity), dtype=np.int64)
@@ -53,6 +57,10 @@ class SlotTable:
         moe = model.config.moe
         self.route_shape = (len(model.config.moe_layers), moe.experts_per_token) if moe else (0, 0)
         self.routes = np.zeros((num_slots, capacity, self.route_shape[0] * self.route_shape[1]), dtype=np.int16)
+        dsa = model.config.dsa if record_selections and model.config.attention == "dsa" else None
+        self.selection_shape = (len(model.config.indexer_layers), dsa.top_k) if dsa else (0, 0)
+        selected = self.selection_shape[0] * self.selection_shape[1]
+        self.selections = np.zeros((num_slots, capacity, selected), dtype=np.int32)
 
     # ------------------------------------------------------------------------------------------------ occupancy
 
@@ -102,7 +110,9 @@ class SlotTable:
         """Let `target` hold the first `length` cached tokens of `source`."""
         if source != target:
             self.cache.copy_tokens(source, target, length)
-            self.routes[target, :length] = self.routes[source, :length]
+            for name in REPLAY_COLUMNS:
+                column = getattr(self, name)
+                column[target, :length] = column[source, :length]
         self.cached[target] = length
 
     def swap(self, first: int, second: int) -> None:
@@ -111,7 +121,7 @@ class SlotTable:
             return
         self.cache.swap(first, second, int(max(self.cached[first], self.cached[second])))
         pair, swapped = [first, second], [second, first]
-        for name in (*ROW_COLUMNS, *SLOT_COLUMNS, "routes"):
+        for name in (*ROW_COLUMNS, *SLOT_COLUMNS, *REPLAY_COLUMNS):
             column = getattr(self, name)
             column[pair] = column[swapped]
         self.prompt_hidden[pair] = self.prompt_hidden[swapped]
@@ -131,7 +141,7 @@ class SlotTable:
                 "engine.context_window."
             )
         extra = min(max(capacity, 2 * self.capacity), self.max_capacity) - self.capacity
-        for name in (*ROW_COLUMNS, "routes"):
+        for name in (*ROW_COLUMNS, *REPLAY_COLUMNS):
             column = getattr(self, name)
             padding = [(0, 0), (0, extra)] + [(0, 0)] * (column.ndim - 2)
             setattr(self, name, np.pad(column, padding))
@@ -160,6 +170,13 @@ class SlotTable:
         if routes is not None:
             values = routes.flatten(1).to(torch.int16).cpu().numpy()
             self.routes[slots[:, None], positions_RQ] = values.reshape(*positions_RQ.shape, -1)
+
+    def record_selections(self, slots: np.ndarray, positions_RQ: np.ndarray, selections: Tensor | None) -> None:
+        """Store the keys that tokens just fed have selected; `selections` is [R*Q, L, at most K]."""
+        if selections is not None and self.selection_shape[0]:
+            padded = F.pad(selections, (0, self.selection_shape[1] - selections.shape[-1]), value=-1)
+            values = padded.flatten(1).to(torch.int32).cpu().numpy()
+            self.selections[slots[:, None], positions_RQ] = values.reshape(*positions_RQ.shape, -1)
 
     def note(self, slots: range, draws: Draws) -> np.ndarray:
         """Append a drawn token, and all that is known of it, to each of consecutive slots; returns the tokens."""
@@ -192,6 +209,7 @@ class SlotTable:
             weight_version=weight_version,
             kept=_pack_kept(self.kept[slot]) if request.params.truncates else None,
             routes=self._routes(slot, end - 1),
+            selections=self._selections(slot, end - 1),
         )
 
     def _routes(self, slot: int, length: int) -> Routes | None:
@@ -199,6 +217,13 @@ class SlotTable:
             return None
         experts = array("h", self.routes[slot, :length].tobytes())
         return Routes(experts=experts, num_layers=self.route_shape[0], experts_per_token=self.route_shape[1])
+
+    def _selections(self, slot: int, length: int) -> Selections | None:
+        num_layers, top_k = self.selection_shape
+        if not num_layers:
+            return None
+        positions = array("i", self.selections[slot, :length].tobytes())
+        return Selections(positions=positions, num_layers=num_layers, top_k=top_k)
 
     # ---------------------------------------------------------------------------------------------------- resume
 
@@ -208,7 +233,7 @@ class SlotTable:
         slots = np.flatnonzero(np.array([r is not None for r in self.requests]) | (self.cached > 0))
         width = int(np.maximum(self.length, self.cached)[slots].max(initial=0))
         num_cached = int(self.cached.max())
-        state: dict[str, Any] = {name: getattr(self, name)[slots, :width] for name in (*ROW_COLUMNS, "routes")}
+        state: dict[str, Any] = {name: getattr(self, name)[slots, :width] for name in (*ROW_COLUMNS, *REPLAY_COLUMNS)}
         state |= {name: getattr(self, name).copy() for name in SLOT_COLUMNS}
         state["slots"] = slots
         where = torch.from_numpy(slots).to(self.prompt_hidden.device)
@@ -230,7 +255,7 @@ class SlotTable:
         self.clear()
         slots, width = np.asarray(state["slots"]), state["tokens"].shape[1]
         self.grow(width)
-        for name in (*ROW_COLUMNS, "routes"):
+        for name in (*ROW_COLUMNS, *REPLAY_COLUMNS):
             getattr(self, name)[slots, :width] = np.asarray(state[name])
         for name in SLOT_COLUMNS:
             getattr(self, name)[:] = np.asarray(state[name])

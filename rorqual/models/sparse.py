@@ -176,9 +176,7 @@ def attend_packed_sparse(
     top_k: None attends to all keys. The loss is then taken over all of them (warm-up), else over the selected ones.
     Raises: ValueError for a layer without indexer that is given no selection.
     """
-    selected_TS = None if top_k is None else request.selected_TS
-    if top_k is not None and selected_TS is None:
-        selected_TS = select_packed(_present(index), layout, top_k)
+    selected_TS = None if top_k is None else _given_or_own(request.selected_TS, index, layout, top_k)
     loss = None
     if request.loss_weight_T is not None and index is not None:
         loss = _packed_loss(heads, index, layout, selected_TS, request)
@@ -195,6 +193,19 @@ def attend_packed_sparse(
         for block in layout.blocks
     ]
     return layout.in_packed_order(outputs), selected_TS, loss
+
+
+def _given_or_own(given_TS: Tensor | None, index: dsa.IndexerOutput | None, layout: PackedLayout, top_k: int) -> Tensor:
+    """The given selection; the layer's own for tokens of which nothing is given (their row is all -1)."""
+    if given_TS is None:
+        return select_packed(_present(index), layout, top_k)
+    given_TS, free_T = given_TS.long(), given_TS[:, 0] < 0
+    if not bool(free_T.any()):
+        return given_TS
+    own_TS = select_packed(_present(index), layout, top_k)
+    width = max(own_TS.shape[1], given_TS.shape[1])
+    own_TS, given_TS = (F.pad(each, (0, width - each.shape[1]), value=-1) for each in (own_TS, given_TS))
+    return torch.where(free_T[:, None], own_TS, given_TS)
 
 
 @torch.no_grad()

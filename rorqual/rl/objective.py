@@ -38,8 +38,8 @@ class ObjectiveConfig(Record):
         in nats a token, exceeds this. None: never. The KL term stays.
     aggregation: "sequence_mean" is 1/N sum_i 1/|o_i| sum_t, "token_mean" is 1/T sum_i sum_t, "constant_length" is
         1/N sum_i 1/constant_length sum_t (Dr. GRPO, arXiv 2503.20783).
-    keep_routing, keep_sampling_mask: whether the trainer replays the sampler's expert choice, and its truncated
-        support.
+    keep_routing, keep_sampling_mask: whether the trainer replays the sampler's expert choice (and the keys that sparse
+        attention selected, where the engine records them), and its truncated support.
     """
 
     advantage: AdvantageKind = "mean"

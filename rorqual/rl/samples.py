@@ -12,7 +12,7 @@ from array import array
 from bisect import bisect_left
 from itertools import pairwise
 
-from rorqual.records import KeptTokens, Routes, Score, Segment, TrainSample, Trajectory
+from rorqual.records import KeptTokens, Routes, Score, Segment, Selections, TrainSample, Trajectory
 
 FAILED_ENDS = ("environment_failed", "sandbox_failed", "judge_failed")
 
@@ -66,6 +66,8 @@ def check_segment(segment: Segment, name: str) -> None:
         _check_kept(segment, segment.kept, name)
     if segment.routes is not None:
         _check_routes(segment.routes, num_tokens, name)
+    if segment.selections is not None:
+        _check_selections(segment.selections, num_tokens, name)
 
 
 def _check_kept(segment: Segment, kept: KeptTokens, name: str) -> None:
@@ -95,6 +97,19 @@ def _check_routes(routes: Routes, num_tokens: int, name: str) -> None:
     )
 
 
+def _check_selections(selections: Selections, num_tokens: int, name: str) -> None:
+    row = selections.num_layers * selections.top_k
+    _require(
+        row > 0 and len(selections.positions) == row * (num_tokens - 1),
+        name,
+        f"{len(selections.positions)} selected keys; expected {num_tokens - 1} tokens x {selections.num_layers} layers "
+        f"x {selections.top_k} keys",
+    )
+    for token in range(num_tokens - 1):
+        selected = selections.positions[token * row : (token + 1) * row]
+        _require(max(selected) <= token, name, f"token {token} has selected a key that follows it")
+
+
 def _require(holds: bool, name: str, message: str) -> None:
     if not holds:
         raise ValueError(f"segment {name}: {message}; the rollout that recorded it is at fault.")
@@ -113,4 +128,5 @@ def _sample(trajectory: Trajectory, segment: Segment, name: str, advantage: floa
         weight_version=segment.weight_version,
         kept=segment.kept,
         routes=segment.routes,
+        selections=segment.selections,
     )

@@ -26,6 +26,7 @@ from rorqual.records import (
     Routes,
     SamplingParams,
     Segment,
+    Selections,
     Task,
     Trajectory,
 )
@@ -125,6 +126,7 @@ class Context:
         self._kept_mass = array("f")
         self._kept: KeptTokens | None = KeptTokens(offsets=array("q", [0]), ids=array("i"))
         self._routes: Routes | None = None
+        self._selections: Selections | None = None
         self._weight_versions: list[int] = []
 
     def append_given(self, ids: array[int]) -> None:
@@ -137,7 +139,7 @@ class Context:
         self._check(completion)
         self._kept_mass += completion.kept_mass
         self._kept = _joined(self._kept, completion.kept)
-        self._routes = completion.routes
+        self._routes, self._selections = completion.routes, completion.selections
         self._weight_versions.append(completion.weight_version)
 
     def segment(self) -> Segment:
@@ -154,6 +156,7 @@ class Context:
             kept=self._kept,
             kept_mass=math.fsum(self._kept_mass) / len(self._kept_mass),
             routes=self._routes,
+            selections=self._selections,
         )
 
     @property
@@ -172,8 +175,10 @@ class Context:
         lengths = {name: len(getattr(completion, name)) for name in expected}
         if completion.kept is not None:
             expected["kept"], lengths["kept"] = drawn, len(completion.kept)
-        if completion.routes is not None:
-            expected["routes"], lengths["routes"] = fed, len(completion.routes)
+        for name in ("routes", "selections"):
+            replayed = getattr(completion, name)
+            if replayed is not None:
+                expected[name], lengths[name] = fed, len(replayed)
         if lengths != expected:
             raise ValueError(
                 f"Completion {completion.request_id} has columns of lengths {lengths}, expected {expected}: "

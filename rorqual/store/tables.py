@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rorqual.records import KeptTokens, Record, Routes, Score, Segment, Trajectory
+from rorqual.records import KeptTokens, Record, Routes, Score, Segment, Selections, Trajectory
 from rorqual.store.files import StoreError
 
 STRUCTURES = {
@@ -146,6 +146,7 @@ def _segments_column(segments_of_rows: list[tuple[Segment, ...]]) -> pa.Array:
     columns["kept"] = _kept_column([segment.kept for segment in segments])
     columns["kept_mass"] = pa.array([segment.kept_mass for segment in segments], type=pa.float64())
     columns["routes"] = _routes_column([segment.routes for segment in segments])
+    columns["selections"] = _selections_column([segment.selections for segment in segments])
     columns["parent"] = pa.array([segment.parent for segment in segments], type=pa.int32())
     columns["break_reason"] = pa.array([segment.break_reason for segment in segments], type=pa.string())
     values = pa.StructArray.from_arrays(list(columns.values()), names=list(columns))
@@ -171,6 +172,16 @@ def _routes_column(routes: list[Routes | None]) -> pa.Array:
     )
 
 
+def _selections_column(selections: list[Selections | None]) -> pa.Array:
+    positions = [item.positions if item is not None else array("i") for item in selections]
+    arrays = [
+        _list_column(positions, "i", "selections.positions"),
+        pa.array([item.num_layers if item is not None else 0 for item in selections], type=pa.int32()),
+        pa.array([item.top_k if item is not None else 0 for item in selections], type=pa.int32()),
+    ]
+    return pa.StructArray.from_arrays(arrays, names=["positions", "num_layers", "top_k"], mask=_absent(selections))
+
+
 def _absent(items: Sequence[object]) -> pa.Array:
     return pa.array([item is None for item in items], type=pa.bool_())
 
@@ -194,6 +205,7 @@ def _read_segments(column: pa.Array) -> list[tuple[Segment, ...]]:
     values = column.values
     lists = {name: _arrays(values.field(name), code) for name, code in TOKEN_COLUMNS.items()}
     kept, routes = _read_kept(values.field("kept")), _read_routes(values.field("routes"))
+    selections = _read_selections(values.field("selections"))
     plain: dict[str, list[Any]] = {
         name: values.field(name).to_pylist() for name in ("weight_version", "kept_mass", "parent", "break_reason")
     }
@@ -205,6 +217,7 @@ def _read_segments(column: pa.Array) -> list[tuple[Segment, ...]]:
             entropies=lists["entropies"][i],
             kept=kept[i],
             routes=routes[i],
+            selections=selections[i],
             **{name: items[i] for name, items in plain.items()},
         )
         for i in range(len(values))
@@ -225,6 +238,16 @@ def _read_routes(column: pa.Array) -> list[Routes | None]:
     present = column.is_valid().to_pylist()
     return [
         Routes(experts=experts[i], num_layers=layers[i], experts_per_token=per_token[i]) if valid else None
+        for i, valid in enumerate(present)
+    ]
+
+
+def _read_selections(column: pa.Array) -> list[Selections | None]:
+    positions = _arrays(column.field("positions"), "i")
+    layers, top_k = column.field("num_layers").to_pylist(), column.field("top_k").to_pylist()
+    present = column.is_valid().to_pylist()
+    return [
+        Selections(positions=positions[i], num_layers=layers[i], top_k=top_k[i]) if valid else None
         for i, valid in enumerate(present)
     ]
 

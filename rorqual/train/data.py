@@ -49,6 +49,7 @@ class PackedBatch:
     domains_S: tuple[str, ...] = ()
     kept: KeptBatch | None = None
     routes_TLK: Tensor | None = None
+    selections_TLS: Tensor | None = None
     indexer_weight_T: Tensor | None = None
 
     @property
@@ -118,11 +119,11 @@ def pack_samples(
 ) -> list[PackedBatch]:
     """Train samples for the policy objective: the sampled tokens are the targets.
 
-    share_prefix: samples of one group whose prompts (and the prompts' routes) are equal stay together and feed the
-    prompt once; where they exceed `token_budget` together, they are split and the prompt is fed once a part. A sample
-    longer than the budget gets a batch of its own. keep_routing and keep_sampling_mask: whether to replay what the
-    sampler recorded. Samples with and without kept-token sets never share a batch. The result depends only on the
-    arguments.
+    share_prefix: samples of one group whose prompts (and the prompts' routes and selections) are equal stay together
+    and feed the prompt once; where they exceed `token_budget` together, they are split and the prompt is fed once a
+    part. A sample longer than the budget gets a batch of its own. keep_routing (experts, and the keys of sparse
+    attention) and keep_sampling_mask: whether to replay what the sampler recorded. Samples with and without kept-token
+    sets never share a batch. The result depends only on the arguments.
     Raises: ValueError naming a sample without a prompt or without sampled tokens, or whose columns disagree.
     """
     sequences = [_sequence(sample) for sample in samples]
@@ -172,12 +173,12 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
 
 
 def _clusters(sequences: Sequence[_Sequence], keep_routing: bool) -> list[list[_Sequence]]:
-    """Sequences that may feed their prompt once: same group, same prompt, and the same experts for it."""
-    clusters: dict[tuple[str, bytes, bytes], list[_Sequence]] = {}
+    """Sequences that may feed their prompt once: same group, same prompt, and the same experts and keys for it."""
+    clusters: dict[tuple[str, bytes, tuple[bytes, ...]], list[_Sequence]] = {}
     for sequence in sequences:
-        routes = _routes(sequence) if keep_routing else None
-        prompt_routes = b"" if routes is None else routes[: sequence.prompt_length].tobytes()
-        key = (_sample(sequence).group_id, sequence.ids[: sequence.prompt_length].tobytes(), prompt_routes)
+        replayed = (_routes(sequence), _selections(sequence)) if keep_routing else ()
+        of_prompt = tuple(b"" if rows is None else rows[: sequence.prompt_length].tobytes() for rows in replayed)
+        key = (_sample(sequence).group_id, sequence.ids[: sequence.prompt_length].tobytes(), of_prompt)
         clusters.setdefault(key, []).append(sequence)
     return list(clusters.values())
 
@@ -223,7 +224,8 @@ def _batch(
         advantage_S=_tensor([np.array([s.advantage for s in samples])], np.float32, device) if samples else None,
         domains_S=tuple(sample.domain for sample in samples),
         kept=_kept(members, device) if keep_sampling_mask else None,
-        routes_TLK=_packed_routes(fed, device) if keep_routing else None,
+        routes_TLK=_replayed([(_routes(each), part) for each, part in fed], device) if keep_routing else None,
+        selections_TLS=_replayed([(_selections(each), part) for each, part in fed], device) if keep_routing else None,
     )
 
 
@@ -270,20 +272,21 @@ def _kept(members: Sequence[_Sequence], device: torch.device | None) -> KeptBatc
     return KeptBatch(_tensor([offsets], np.int64, device), _tensor(ids, np.int64, device))
 
 
-def _packed_routes(fed: Sequence[tuple[_Sequence, slice]], device: torch.device | None) -> Tensor | None:
-    """int16 [T, L, K]; rows of sequences without recorded routes leave the router free. None if no sequence has any."""
-    rows = [(_routes(sequence), part) for sequence, part in fed]
-    shapes = {routes.shape[1:] for routes, _ in rows if routes is not None}
-    if not shapes:
+def _replayed(rows: Sequence[tuple[NDArray[Any] | None, slice]], device: torch.device | None) -> Tensor | None:
+    """What was recorded of the fed tokens, [T, L, K]; -1 for sequences of which nothing was, which leaves the model
+    free. None if nothing was of any."""
+    present = [recorded for recorded, _ in rows if recorded is not None]
+    if not present:
         return None
+    shapes = {recorded.shape[1:] for recorded in present}
     if len(shapes) > 1:
-        raise ValueError(f"recorded routes have {sorted(shapes)} layers and experts a token; expected one shape.")
-    shape = shapes.pop()
+        raise ValueError(f"recorded choices have {sorted(shapes)} layers and choices a token; expected one shape.")
+    shape, dtype = shapes.pop(), present[0].dtype
     parts = [
-        np.full((part.stop - part.start, *shape), FREE_ROUTE) if routes is None else routes[part]
-        for routes, part in rows
+        np.full((part.stop - part.start, *shape), FREE_ROUTE) if recorded is None else recorded[part]
+        for recorded, part in rows
     ]
-    return _tensor(parts, np.int16, device)
+    return _tensor(parts, dtype, device)
 
 
 # -------------------------------------------------------------------------------------------------------- one sample
@@ -309,6 +312,9 @@ def _sequence(sample: TrainSample) -> _Sequence:
     if sample.routes is not None:
         num_routes = len(sample.routes)
         _require(num_routes == num_tokens - 1, sample, f"{num_routes} rows of routes for {num_tokens - 1} fed tokens")
+    if sample.selections is not None:
+        rows = len(sample.selections)
+        _require(rows == num_tokens - 1, sample, f"{rows} rows of selections for {num_tokens - 1} fed tokens")
     return _Sequence(sample.sample_id, np.asarray(sample.token_ids, np.int32), targets, prompt_length, sample=sample)
 
 
@@ -327,3 +333,10 @@ def _routes(sequence: _Sequence) -> NDArray[np.int16] | None:
     if routes is None:
         return None
     return np.asarray(routes.experts, np.int16).reshape(-1, routes.num_layers, routes.experts_per_token)
+
+
+def _selections(sequence: _Sequence) -> NDArray[np.int32] | None:
+    selections = _sample(sequence).selections
+    if selections is None:
+        return None
+    return np.asarray(selections.positions, np.int32).reshape(-1, selections.num_layers, selections.top_k)

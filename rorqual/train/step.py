@@ -112,7 +112,7 @@ def batch_logprobs(model: Decoder, batch: PackedBatch, temperature: float = 1.0)
 
 def _forward(model: Decoder, batch: PackedBatch) -> DecoderOutput:
     output: DecoderOutput = model(
-        batch.token_ids_T, batch.layout, batch.routes_TLK, indexer_weight_T=batch.indexer_weight_T
+        batch.token_ids_T, batch.layout, batch.routes_TLK, batch.selections_TLS, batch.indexer_weight_T
     )
     return output
 

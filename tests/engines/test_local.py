@@ -130,6 +130,22 @@ def test_records_equal_the_packed_forward_pass(kind: str, dtype: torch.dtype) ->
             assert completion.entropies[place] == pytest.approx(float(-(within.exp() * within).sum()), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mla+dsa", "gqa+dsa"])
+def test_selections_equal_those_of_the_packed_forward_pass(kind: str) -> None:
+    """Recorded over prefills in chunks, shared prompts and decoding; not at all unless it is asked for."""
+    model, requests = tiny_model(kind), mixed_requests()
+    assert all(each.selections is None for each in generate(model, requests[:2]))
+    engine = LocalEngine(model, EngineConfig(num_slots=5, prefill_chunk_tokens=9, record_selections=True))
+    for r, completion in zip(requests, engine.generate(requests), strict=True):
+        context = torch.tensor([*r.prompt_ids, *completion.token_ids])[:-1]
+        with torch.no_grad():
+            expected_TLS = model(context, causal_layout([len(context)])).selections
+        assert expected_TLS is not None and completion.selections is not None
+        found_TLS = torch.tensor(completion.selections.positions).view(len(context), -1, 6)
+        width = expected_TLS.shape[-1]
+        assert torch.equal(found_TLS[..., :width], expected_TLS) and (found_TLS[..., width:] == -1).all()
+
+
 def test_a_shared_prompt_is_prefilled_once() -> None:
     model = tiny_model()
     engine = LocalEngine(model, EngineConfig(num_slots=16))
@@ -195,10 +211,10 @@ def count_fed_tokens(engine: LocalEngine) -> list[int]:
     return fed
 
 
-@pytest.mark.parametrize("num_slots", [2, 7])
-def test_interrupted_at_any_step_and_resumed_is_the_same(num_slots: int) -> None:
-    model = tiny_model(dtype=torch.float32)
-    config = EngineConfig(num_slots=num_slots, prefill_chunk_tokens=16)
+@pytest.mark.parametrize(("num_slots", "kind"), [(2, "mla"), (7, "mla"), (5, "mla+dsa")])
+def test_interrupted_at_any_step_and_resumed_is_the_same(num_slots: int, kind: str) -> None:
+    model = tiny_model(kind, dtype=torch.float32)
+    config = EngineConfig(num_slots=num_slots, prefill_chunk_tokens=16, record_selections=True)
     uninterrupted = LocalEngine(model, config)
     uninterrupted.submit(mixed_requests())
     states, history = [], []

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from rorqual.records import Evidence, KeptTokens, Routes, Score, Segment, Trajectory
+from rorqual.records import Evidence, KeptTokens, Routes, Score, Segment, Selections, Trajectory
 from rorqual.rl.samples import train_samples
 
 GOOD = Score(total=1.0, parts={"accuracy": 1.0})
@@ -20,6 +20,7 @@ SEGMENT = Segment(
     weight_version=4,
     kept=KeptTokens(offsets=array("q", [0, 2, 5]), ids=array("i", [5, 7, 2, 3, 8])),
     routes=Routes(experts=array("h", range(16)), num_layers=2, experts_per_token=2),
+    selections=Selections(positions=array("i", [0, -1, 0, 1, 0, 2, 1, 3]), num_layers=1, top_k=2),
 )
 
 PROMPT_ONLY = Segment(
@@ -51,6 +52,7 @@ def test_a_segment_becomes_a_sample_unchanged() -> None:
     assert (sample.token_ids, sample.sampled) == (SEGMENT.token_ids, SEGMENT.sampled)
     assert sample.behaviour_logprobs == SEGMENT.logprobs
     assert (sample.kept, sample.routes) == (SEGMENT.kept, SEGMENT.routes)
+    assert sample.selections == SEGMENT.selections
     assert (sample.prompt_length, sample.advantage, sample.weight_version) == (2, 0.75, 4)
 
 
@@ -106,6 +108,14 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "sampled flags moved": ({"sampled": array("b", [0, 0, 0, 1, 1])}, "segment t17/2/0: "),
     "routes": ({"routes": ROUTES}, "12 routed experts; expected 4 tokens x 2 layers x 2 experts"),
+    "selections": (
+        {"selections": Selections(positions=array("i", [0, 0]), num_layers=1, top_k=1)},
+        "2 selected keys; expected 4 tokens x 1 layers x 1 keys",
+    ),
+    "a key of the future": (
+        {"selections": Selections(positions=array("i", [0, 2, 1, 1]), num_layers=1, top_k=1)},
+        "token 1 has selected a key that follows it",
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from rorqual.records import (
     Routes,
     Score,
     Segment,
+    Selections,
     ToolCall,
     Trajectory,
 )
@@ -75,6 +76,7 @@ def segments(draw: st.DrawFn) -> Segment:
         return array(code, draw(st.lists(values, min_size=length, max_size=length)))
 
     experts = array("h", draw(st.lists(st.integers(0, 300), min_size=4 * length, max_size=4 * length)))
+    keys = array("i", draw(st.lists(st.integers(-1, 2**31 - 1), min_size=3 * length, max_size=3 * length)))
     return Segment(
         token_ids=column("i", st.integers(0, 2**31 - 1)),
         sampled=array("b", sampled),
@@ -84,6 +86,7 @@ def segments(draw: st.DrawFn) -> Segment:
         kept=draw(st.none() | kept_tokens(sum(sampled))),
         kept_mass=draw(st.floats(0, 1)),
         routes=draw(st.none() | st.just(Routes(experts=experts, num_layers=2, experts_per_token=2))),
+        selections=draw(st.none() | st.just(Selections(positions=keys, num_layers=1, top_k=3))),
         parent=draw(st.none() | st.integers(0, 5)),
         break_reason=draw(st.sampled_from([None, "new_user", "summary", "discard_75", "discard_all"])),
     )
