@@ -15,11 +15,12 @@ import msgspec
 from rorqual.store.files import write_atomic
 from rorqual.store.run import Run
 from rorqual.viewer.curves import curve_groups
+from rorqual.viewer.held_out import PREFIX, held_out_rows
 from rorqual.viewer.results import comparisons, results
 from rorqual.viewer.rollouts import collect_rollouts
 from rorqual.viewer.tokens import TokenTexts
 
-SCRIPTS = ("format.js", "results.js", "charts.js", "rollouts.js", "page.js")
+SCRIPTS = ("format.js", "results.js", "held_out.js", "charts.js", "rollouts.js", "page.js")
 ROLLOUT_BYTES = 2_500_000
 """How much of the page rollouts may take; with the chart library it stays below 8 MB."""
 
@@ -45,9 +46,11 @@ def report_data(run: Run, rollout_bytes: int = ROLLOUT_BYTES) -> dict[str, Any]:
         "sessions": run.manifest["sessions"],
         "seeds": run.manifest["seeds"],
         "config": run.config,
+        "recipe": run.manifest["recipe"],
+        "held_out": held_out_rows(run),
         "results": results(run),
         "comparisons": comparisons(run),
-        "curves": curve_groups(run.metrics()),
+        "curves": curve_groups([row for row in run.metrics() if not row["stage"].startswith(PREFIX)]),
         "rollouts": collect_rollouts(run, rollout_bytes, texts),
         "tokens": texts.used(),
     }

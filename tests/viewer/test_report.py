@@ -212,3 +212,47 @@ def test_page_is_drawn_by_a_browser(page: Path) -> None:
     assert answer.stdout.count("js-plotly-plot") >= 12
     assert "+49.5 points" in answer.stdout
     assert "what training starts from" in answer.stdout
+
+
+class Sparse(Record):
+    top_k: int = 8
+
+
+def sparse_run(directory: Path) -> Run:
+    """A run of the sparsify recipe, as far as its report needs one."""
+    figures = {
+        "dense": {"held_out/cross_entropy": 4.0},
+        "warmup": {"held_out/cross_entropy": 4.0, "held_out/kl_over_uniform": 0.5, "held_out/recall": 0.6},
+        "sparse": {"held_out/cross_entropy": 4.02, "held_out/kl_over_uniform": 0.4, "held_out/recall": 0.7},
+    }
+    with Run.open(directory, Sparse(), {"run": 0}, ["test"], recipe="sparsify") as run:
+        run.append_metrics("warmup", 1, {"loss": 2.0, "indexer/kl": 1.0, "indexer/kl/0": 1.5, "indexer/kl/1": 0.5})
+        for label, row in figures.items():
+            layers = {f"held_out/recall/{layer}": 0.1 * layer for layer in range(11)} if label != "dense" else {}
+            run.append_metrics(f"held_out_{label}", 1, {**row, **layers})
+        return run
+
+
+def test_a_sparse_run_shows_what_it_costs(tmp_path: Path) -> None:
+    data = report_data(sparse_run(tmp_path / "run"))
+    dense, warmup, sparse = data["held_out"]
+    assert [row["label"] for row in data["held_out"]] == ["dense", "warmup", "sparse"]
+    assert (dense["gap"], warmup["gap"]) == (0.0, 0.0) and sparse["gap"] == pytest.approx(0.005)
+    assert dense["recall"] is None and dense["recall_by_layer"] == [] and sparse["recall"] == 0.7
+    assert sparse["recall_by_layer"] == pytest.approx([0.1 * layer for layer in range(11)]), "2 before 10"
+    stages = {series["stage"] for group in data["curves"] for chart in group["charts"] for series in chart["series"]}
+    assert stages == {"warmup"}
+
+
+@pytest.mark.slow
+def test_a_sparse_run_is_drawn_by_a_browser(tmp_path: Path) -> None:
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("there is no Chromium on this machine")
+    page = write_report(sparse_run(tmp_path / "run").path)
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--enable-logging=stderr"]
+    command = [browser, *options, "--dump-dom", page.as_uri()]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "Uncaught" not in answer.stderr
+    assert "<td>+0.50%</td>" in answer.stdout and "<td>±0.00%</td>" in answer.stdout
+    assert '<section id="results" hidden=""' in answer.stdout

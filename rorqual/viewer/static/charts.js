@@ -22,6 +22,9 @@ const TITLES = {
   "policy/loss/kl": "KL term of the loss, nats a token",
   "policy/zero_advantage_sequences": "Sequences without advantage",
   "policy/num_tokens": "Tokens trained on",
+  "indexer/kl": "KL of the indexers, nats a token",
+  "indexer/uniform": "KL of an indexer that knows nothing",
+  "cross_entropy": "Cross-entropy, nats a token",
   "num_tokens": "Tokens trained on",
   "sampling/num_tokens": "Tokens sampled",
   "gradient_norm": "Gradient norm",
@@ -33,13 +36,18 @@ const TITLES = {
   "policy/learning_rate": "Learning rate",
   "loss": "Loss, nats a token",
 };
-const OPEN_GROUPS = ["reward", "length", "form", "sampling", "policy", "loss", "pretrain"];
+const OPEN_GROUPS = ["reward", "length", "form", "sampling", "policy", "loss", "indexer", "pretrain"];
 const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
 const STAGE_NOTES = {
   pretrain: "the base is pre-trained from random weights",
   base: "what training starts from",
   rl: "trained from the base by reinforcement learning",
-  control: "the same training with its rewards shuffled within the batch, so what it gains does not come from them",
+  dense: "what training starts from",
+  warmup: "the indexers alone learn, and attention is still dense",
+  sparse: "everything learns, and attention sees the selected keys alone",
+  control: data.recipe === "sparsify"
+    ? "the dense base, trained on for the sparse stage's texts"
+    : "the same training with its rewards shuffled within the batch, so what it gains does not come from them",
 };
 
 const stages = [...new Set(data.curves.flatMap((g) => g.charts.flatMap((c) => c.series.map((s) => s.stage))))];

@@ -17,6 +17,7 @@ const byId = (id) => document.getElementById(id);
 const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 const percent = (share) => (share === null || share === undefined ? "–" : (100 * share).toFixed(1) + "%");
 const points = (share) => (share > 0 ? "+" : share < 0 ? "−" : "±") + Math.abs(100 * share).toFixed(1);
+const relative = (share) => (share > 5e-5 ? "+" : share < -5e-5 ? "−" : "±") + Math.abs(100 * share).toFixed(2) + "%";
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toFixed(3);
 const range = (interval) => (interval ? `${percent(interval.low)} – ${percent(interval.high)}` : "–");
 

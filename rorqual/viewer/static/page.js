@@ -36,6 +36,7 @@ function startTheme() {
 startTheme();
 showTitle();
 showResults();
+showHeldOut();
 showCurves();
 showRollouts();
 showSettings();
