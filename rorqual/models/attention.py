@@ -194,7 +194,10 @@ def attend(
     if q_RHQE.device.type != "cpu" and (mask_RQK is not None or q_RHQE.dtype not in HALF_PRECISION):
         k_RGKE, v_RGKV = one_each(k_RGKE, num_heads), one_each(v_RGKV, num_heads)
     mask_R1QK = None if mask_RQK is None else mask_RQK[:, None]
-    return F.scaled_dot_product_attention(
+    missing = q_RHQE.shape[-1] - v_RGKV.shape[-1]
+    if q_RHQE.device.type == "cpu" and missing > 0:
+        v_RGKV = F.pad(v_RGKV, (0, missing))  # Of unlike widths, a CPU would write all scores to memory.
+    out_RHQV = F.scaled_dot_product_attention(
         q_RHQE,
         k_RGKE,
         v_RGKV,
@@ -203,6 +206,7 @@ def attend(
         scale=scale,
         enable_gqa=num_heads != k_RGKE.shape[1],
     )
+    return out_RHQV[..., :-missing] if q_RHQE.device.type == "cpu" and missing > 0 else out_RHQV
 
 
 def one_each(x_RGKE: Tensor, num_heads: int) -> Tensor:

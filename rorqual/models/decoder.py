@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         Raises: ValueError when routes or selections are not those of T tokens and of this model's layers.
         """
         forced = self._forced_experts(routes_TLK, len(token_ids_T))
-        selections = self._forced_selections(selections_TLS, len(token_ids_T))
+        selections = self._forced_selections(selections_TLS, len(token_ids_T), layout.num_keys)
         x_TD = self.embed_tokens(token_ids_T)
         rotations = self.rotations(layout.positions_T, x_TD.dtype)
         outputs: list[BlockOutput] = []
@@ -205,16 +205,18 @@ class Decoder(nn.Module):
             block.mlp.gate.count(output.experts_TK)
         return output
 
-    def _forced_selections(self, selections_TLS: Tensor | None, num_tokens: int) -> dict[int, Tensor]:
+    def _forced_selections(self, selections_TLS: Tensor | None, num_tokens: int, num_keys: int) -> dict[int, Tensor]:
         """The forced selection [T, S] of each layer with an indexer, by the layer's index."""
         if selections_TLS is None:
             return {}
         layers = self.config.indexer_layers if self.config.attention == "dsa" else ()
-        if tuple(selections_TLS.shape[:2]) != (num_tokens, len(layers)):
+        top_k = self.config.dsa.top_k if self.config.dsa is not None else 0
+        fits = tuple(selections_TLS.shape[:2]) == (num_tokens, len(layers))
+        if not fits or selections_TLS.shape[2] not in (top_k, min(top_k, num_keys)) or not _is_integer(selections_TLS):
             raise ValueError(
-                f"The recorded selections are {list(selections_TLS.shape)}; expected [tokens, layers that select, "
-                f"selected keys] = {[num_tokens, len(layers), 'any']}. They come from another model, or from other "
-                "tokens: sample anew, or do without."
+                f"The recorded selections are {list(selections_TLS.shape)} of {selections_TLS.dtype}; expected "
+                f"[tokens, layers that select, keys] = {[num_tokens, len(layers), top_k]} of integers. They come from "
+                "another model, or from other tokens: sample anew, or do without."
             )
         return {layer: selections_TLS[:, index] for index, layer in enumerate(layers)}
 
@@ -289,6 +291,10 @@ class Decoder(nn.Module):
             return self.num_parameters
         routed = sum(p.numel() for m in self.modules() if isinstance(m, Experts) for p in m.parameters())
         return self.num_parameters - routed + routed * moe.experts_per_token // moe.num_experts
+
+
+def _is_integer(x: Tensor) -> bool:
+    return x.dtype in (torch.int16, torch.int32, torch.int64)
 
 
 def _checkpointed(

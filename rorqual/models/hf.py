@@ -87,9 +87,12 @@ def from_hf_config(raw: Raw) -> ModelConfig:
     Raises: ValueError naming the architecture or option that is not supported, or the field that is absent or
     malformed.
     """
-    family = _family(raw)
-    _refuse_unsupported(raw, family)
-    fields = {**_common(raw, family), **_FAMILY_FIELDS[family](raw, family), **_indexer(raw, family)}
+    try:
+        family = _family(raw)
+        _refuse_unsupported(raw, family)
+        fields = {**_common(raw, family), **_FAMILY_FIELDS[family](raw, family), **_indexer(raw, family)}
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"a value is not of the type that its field has ({error}).") from error
     try:
         return msgspec.convert(fields, ModelConfig)
     except msgspec.ValidationError as error:

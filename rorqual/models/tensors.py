@@ -46,7 +46,11 @@ class TensorReader:
         return self._file(self.path(name)).get_slice(name)[:0].dtype
 
     def is_scale(self, name: str) -> bool:
-        return self.fp8_block is not None and name.removesuffix(SCALE_SUFFIX) in self._paths
+        return (
+            self.fp8_block is not None
+            and name.endswith(SCALE_SUFFIX)
+            and name.removesuffix(SCALE_SUFFIX) in self._paths
+        )
 
     def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The tensor, multiplied out in float32 if it is stored as FP8. Raises: ValueError for another shape."""

@@ -88,9 +88,9 @@ def gather_keys(x_RKGE: Tensor, selected_RQS: Tensor) -> Tensor:
 
 
 def attention_weights(q_RQHE: Tensor, k_RKGE: Tensor, selected_RQS: Tensor, scale: float) -> Tensor:
-    """Softmax over the selected keys: [R, Q, H, S]; all zero for a query that has none."""
-    q_RQGJE = q_RQHE.unflatten(2, (k_RKGE.shape[2], -1))
-    scores_RQGJS = torch.einsum("rqgje,rqsge->rqgjs", q_RQGJE, gather_keys(k_RKGE, selected_RQS)) * scale
+    """Softmax over the selected keys: [R, Q, H, S], in float32 or wider; all zero for a query that has none."""
+    q_RQGJE, dtype = q_RQHE.unflatten(2, (k_RKGE.shape[2], -1)), torch.promote_types(q_RQHE.dtype, torch.float32)
+    scores_RQGJS = torch.einsum("rqgje,rqsge->rqgjs", q_RQGJE, gather_keys(k_RKGE, selected_RQS)).to(dtype) * scale
     absent_RQ11S = (selected_RQS < 0)[:, :, None, None]
     weights_RQGJS = scores_RQGJS.masked_fill(absent_RQ11S, -math.inf).softmax(dim=-1)
     return weights_RQGJS.masked_fill(absent_RQ11S, 0.0).flatten(2, 3)
@@ -98,7 +98,7 @@ def attention_weights(q_RQHE: Tensor, k_RKGE: Tensor, selected_RQS: Tensor, scal
 
 def sparse_attention(q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQS: Tensor, scale: float) -> Tensor:
     """Attention of each query over its own selected keys, which all heads share (equation 2): [R, Q, H, V]."""
-    weights_RQHS = attention_weights(q_RQHE, k_RKGE, selected_RQS, scale)
+    weights_RQHS = attention_weights(q_RQHE, k_RKGE, selected_RQS, scale).to(v_RKGV.dtype)
     weights_RQGJS = weights_RQHS.unflatten(2, (k_RKGE.shape[2], -1))
     return torch.einsum("rqgjs,rqsgv->rqgjv", weights_RQGJS, gather_keys(v_RKGV, selected_RQS)).flatten(2, 3)
 

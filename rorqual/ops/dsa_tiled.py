@@ -112,9 +112,10 @@ def _tile_gradients(
     keys_RXSGE, values_RXSGV = dsa.gather_keys(k_RKGE, selected_RXS), dsa.gather_keys(v_RKGV, selected_RXS)
     weights_RXGJS = dsa.attention_weights(q_RXHE, k_RKGE, selected_RXS, scale).unflatten(2, (groups, -1))
     q_RXGJE, grad_RXGJV = q_RXHE.unflatten(2, (groups, -1)), grad_RXHV.unflatten(2, (groups, -1))
-    toward_RXGJS = torch.einsum("rxgjv,rxsgv->rxgjs", grad_RXGJV, values_RXSGV)
+    toward_RXGJS = torch.einsum("rxgjv,rxsgv->rxgjs", grad_RXGJV, values_RXSGV).to(weights_RXGJS.dtype)
     centred_RXGJS = toward_RXGJS - (toward_RXGJS * weights_RXGJS).sum(dim=-1, keepdim=True)
-    grad_scores_RXGJS = weights_RXGJS * centred_RXGJS * scale
+    grad_scores_RXGJS = (weights_RXGJS * centred_RXGJS * scale).to(q_RXHE.dtype)
+    weights_RXGJS = weights_RXGJS.to(v_RKGV.dtype)
     of_q_RXGJE = torch.einsum("rxgjs,rxsge->rxgje", grad_scores_RXGJS, keys_RXSGE)
     of_keys_RXSGE = torch.einsum("rxgjs,rxgje->rxsge", grad_scores_RXGJS, q_RXGJE)
     return of_q_RXGJE.flatten(2, 3), of_keys_RXSGE, torch.einsum("rxgjs,rxgjv->rxsgv", weights_RXGJS, grad_RXGJV)
@@ -160,7 +161,8 @@ def attention_recall(main: MainAttention, index: dsa.IndexerOutput, top_k: int) 
     1 where all visible keys are. What a query would lose of its attention, had it not learned to do with the rest.
     """
     everything = _Problem(main, torch.empty(0), None)
-    recall_RQ = torch.zeros(main.last_RQ.shape, dtype=main.q.dtype, device=main.q.device)
+    dtype = torch.promote_types(main.q.dtype, torch.float32)
+    recall_RQ = torch.zeros(main.last_RQ.shape, dtype=dtype, device=main.q.device)
     for tile in everything.tiles(index.q.shape[2]):
         seen = int(main.last_RQ[:, tile].max()) + 1
         target_RXK, visible_RXK = everything.target(tile, seen)
@@ -192,10 +194,11 @@ class _Problem(NamedTuple):
             return dsa.attention_weights(q_RXHE, k_RKGE, picked_RXS, main.scale).mean(dim=2), picked_RXS >= 0
         visible_RXK = _visible(main.last_RQ, tile, seen, main.key_valid_RK)
         num_heads, heads_per_key = q_RXHE.shape[2], q_RXHE.shape[2] // k_RKGE.shape[2]
-        total_RXK = q_RXHE.new_zeros(*q_RXHE.shape[:2], seen)
+        dtype = torch.promote_types(q_RXHE.dtype, torch.float32)
+        total_RXK = q_RXHE.new_zeros(*q_RXHE.shape[:2], seen, dtype=dtype)
         for head in range(num_heads):
             keys_REK = k_RKGE[:, :, head // heads_per_key].transpose(1, 2)
-            scores_RXK = torch.bmm(q_RXHE[:, :, head], keys_REK).mul_(main.scale)
+            scores_RXK = torch.bmm(q_RXHE[:, :, head], keys_REK).to(dtype).mul_(main.scale)
             total_RXK += scores_RXK.masked_fill_(~visible_RXK, -math.inf).softmax(dim=-1)
         return total_RXK.masked_fill_(~visible_RXK, 0.0).div_(num_heads), visible_RXK
 

@@ -47,6 +47,12 @@ class TextStageConfig(Record):
     checkpoint_every_steps: int = 100
     checkpoint_activations: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises: ValueError naming the field that is out of range."""
+        for name in ("sequences_per_step", "token_budget", "checkpoint_every_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TextStageConfig.{name} = {getattr(self, name)}; expected at least 1.")
+
 
 class SparsifyConfig(Record):
     """Every setting of the recipe; the stages' defaults are DeepSeek's: 2.1 billion tokens of warm-up, 943.7 billion
@@ -82,6 +88,11 @@ class SparsifyConfig(Record):
 
     def __post_init__(self) -> None:
         """Raises: ValueError unless one of `model` and `checkpoint` is given and a sequence fits the window."""
+        if self.sequence_length < 2 or self.evaluation_sequences < 1:
+            raise ValueError(
+                f"sequence_length = {self.sequence_length} and evaluation_sequences = {self.evaluation_sequences}; "
+                "expected at least 2 tokens, and at least 1 sequence."
+            )
         if (self.model is None) == (not self.checkpoint):
             raise ValueError(
                 "SparsifyConfig needs either `model` (a base is pre-trained) or `checkpoint` (one is read)."
@@ -127,8 +138,14 @@ def check(config: SparsifyConfig) -> None:
 
     Raises: ValueError naming what is wrong.
     """
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device = 'cuda', and torch sees no GPU here; set device = cpu, or see `rorqual doctor`.")
+    try:
+        kind = torch.device(config.device).type
+    except RuntimeError as error:
+        raise ValueError(f"device = {config.device!r} is none that torch knows; set cpu or cuda. {error}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device = {config.device!r}, and torch sees no GPU here; set device = cpu, or see `rorqual doctor`."
+        )
     TextFiles(config.text)
     with torch.device("meta"):
         with_indexers(Decoder(config.model or read_model_config(config.checkpoint)), config.dsa, torch.Generator())

@@ -207,6 +207,10 @@ def test_fp8_checkpoints_are_multiplied_out(pair: Callable, tmp_path: Path) -> N
         limit = tolerance * wanted.abs() + (wanted.abs().max() / 448 / 2**7 if tolerance > 1 / 100 else 0)
         assert ((found - wanted).abs() <= limit).all(), name
     assert load_checkpoint(tmp_path).embed_tokens.weight.dtype == torch.bfloat16
+    extra = {**stored, "model.layers.0.eh_proj.weight": torch.ones(2, 2)}
+    write_shards(tmp_path, {**config, "quantization_config": quantization}, [extra])
+    with pytest.raises(ValueError, match=r"unexpected tensor model\.layers\.0\.eh_proj\.weight"):
+        load_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ def test_the_architecture_outranks_the_model_type() -> None:
         ({name: value for name, value in LLAMA.items() if name != "hidden_size"}, r"hidden_size is absent"),
         ({**LLAMA, "num_key_value_heads": 3}, r"num_kv_heads = 3 must divide num_heads = 4"),
         ({**LLAMA, "vocab_size": "many"}, r"vocab_size"),
+        ({**LLAMA, "architectures": [None]}, r"not of the type that its field has"),
     ],
 )
 def test_refusals_name_the_option(raw: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -204,8 +204,10 @@ def test_a_forced_selection_is_used(tiny_decoder: Callable[..., Decoder], kind: 
         latest = torch.arange(20).where(torch.arange(20) < 8, torch.arange(20) - 8)
         own = (latest[:, None] - torch.arange(TOP_K).flip(0)).clamp(min=-1)[:, None].expand_as(free.selections)
         assert not torch.allclose(decoder(ids, layout, selections_TLS=own).hidden, free.hidden)
-    with pytest.raises(ValueError, match=r"recorded selections are \[20, 7, 5\].*sample anew"):
-        decoder(ids, layout, selections_TLS=torch.zeros(20, 7, 5, dtype=torch.int64))
+    layers = len(decoder.config.indexer_layers)
+    for shape, dtype in (((20, 7, 5), torch.int64), ((20, layers, 4), torch.int64), ((20, layers, 5), torch.float32)):
+        with pytest.raises(ValueError, match=r"recorded selections are \[20, .*sample anew"):
+            decoder(ids, layout, selections_TLS=torch.zeros(shape, dtype=dtype))
 
 
 def test_a_shared_layer_takes_the_selection_below(tiny_decoder: Callable[..., Decoder]) -> None:
@@ -291,3 +293,14 @@ def test_options_of_the_indexer(tiny_decoder: Callable[..., Decoder]) -> None:
 
 def test_default_sizes_are_those_of_deepseek() -> None:
     assert DSAConfig() == DSAConfig(top_k=2048, num_heads=64, head_dim=128, rope_dim=64, interleaved=False)
+
+
+def test_head_weights_are_float32_in_a_bfloat16_model(tiny_decoder: Callable[..., Decoder]) -> None:
+    indexer = tiny_decoder("gqa+dsa").layers[0].self_attn.indexer.bfloat16()
+    indexer.weights_proj.float()
+    x = torch.randn(6, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    rotation = tiny_decoder("gqa+dsa").rotations(torch.arange(6), torch.bfloat16).index
+    weight = indexer(x, x, rotation).weight
+    assert weight.dtype == torch.float32
+    expected = x.float() @ indexer.weights_proj.weight.T * 3**-0.5 * 8**-0.5
+    torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)

@@ -310,3 +310,19 @@ def test_recall_is_the_share_of_attention_on_the_selected_keys(top_k: int, tile_
         expected = sum(float(weights[row, query, at]) for at, key in enumerate(keys) if key in chosen)
         assert float(found[row, query]) == pytest.approx(expected, abs=1e-12)
     assert torch.allclose(found, torch.ones_like(found)) == (top_k == 99)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_many_heads_in_half_precision_still_add_up_to_one(dtype: torch.dtype) -> None:
+    """An indexer that knows nothing has the KL of the uniform prediction, however many heads are summed up."""
+    heads, tokens = 64, 300
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, tokens, number, 8, generator=generator).to(dtype) for number in (heads, 1))
+    index = dsa.IndexerOutput(q[:, :, :1] * 0, k[:, :, 0] * 0, q[:, :, :1, 0] * 0)
+    last = torch.arange(tokens)[None]
+    main = dsa_tiled.MainAttention(q, k, SCALE, last)
+    everything = dsa_tiled.select_all(last, tokens, None)
+    for selected in (None, everything):
+        _, kl, uniform = dsa_tiled.indexer_kl(main, index, torch.ones(1, tokens), selected)
+        torch.testing.assert_close(kl, uniform, rtol=1e-3, atol=1e-5)
+    assert dsa_tiled.attention_recall(main, index, tokens).sub(1).abs().max() < 1e-5

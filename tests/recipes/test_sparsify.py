@@ -21,7 +21,7 @@ from rorqual.recipes import sparsify, stage
 from rorqual.recipes.progress import SilentProgress
 from rorqual.recipes.sparsify import SparsifyConfig, TextStageConfig
 from rorqual.store.run import Run
-from rorqual.text.corpus import TextConfig
+from rorqual.text.corpus import Sequences, TextConfig
 from rorqual.text.tokenizer import train_tokenizer
 from rorqual.train.optim import OptimizerConfig
 
@@ -147,6 +147,22 @@ def test_interrupted_and_resumed_is_bit_equal(
     assert differing(contents(tmp_path / "run"), contents(finished)) == []
 
 
+@pytest.mark.parametrize("name", ("sequences_per_step", "token_budget", "checkpoint_every_steps"))
+def test_stages_without_length_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} = 0; expected at least 1"):
+        TextStageConfig(**{"num_steps": 1, "sequences_per_step": 1, "optimizer": OptimizerConfig(), name: 0})
+
+
+def test_each_stage_trains_on_other_sequences_and_the_control_on_those_of_the_sparse_stage(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    take = Sequences.__getitem__
+    monkeypatch.setattr(Sequences, "__getitem__", lambda self, index: asked.append(index) or take(self, index))
+    run_recipe(tmp_path / "run", micro(texts, evaluation_sequences=1))
+    assert asked == [0, *range(24), *range(16, 24)]  # One held out; then 4 steps of 2 for each stage.
+
+
 @pytest.mark.parametrize("kind", ("gqa", "mla"))
 def test_a_dense_checkpoint_becomes_a_sparse_one(kind: str, texts: Path, tmp_path: Path) -> None:
     """Read, trained, exported; what `transformers` can read gives the same logits there where k covers all keys."""
@@ -178,6 +194,8 @@ def test_a_dense_checkpoint_becomes_a_sparse_one(kind: str, texts: Path, tmp_pat
     ("changes", "message"),
     [
         ({"checkpoint": "x", "model": tiny_model("mla")}, "either `model`"),
+        ({"sequence_length": 1}, "expected at least 2 tokens"),
+        ({"evaluation_sequences": 0}, "at least 1 sequence"),
         ({"sequence_length": 65}, "sequence_length = 65 exceeds the model's window of 64"),
     ],
 )
@@ -192,6 +210,7 @@ def test_settings_that_do_not_fit(texts: Path, changes: dict[str, Any], message:
         ({"dsa": DSAConfig(rope_dim=2, head_dim=8)}, r"rope_dim = 2, and the latent attention turns 4"),
         ({"text": TextConfig(paths=("/nowhere",))}, r"text.paths names /nowhere, which does not exist"),
         ({"device": "cuda"}, "torch sees no GPU here"),
+        ({"device": "gpu"}, "device = 'gpu' is none that torch knows"),
     ],
 )
 def test_what_would_stop_a_run_is_found_before(texts: Path, changes: dict[str, Any], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from rorqual.train.indexer import INDEXER, IndexerLossConfig, train_indexers_onl
 from rorqual.train.objectives import language_model_objective
 from rorqual.train.optim import OptimizerConfig, build_optimizer
 from rorqual.train.step import TrainingDiverged, train_step
+from rorqual.train.text_loss import measure_held_out
 from tests.train.fakes import VOCABULARY, build_decoder
 
 KINDS = ("gqa", "mla_moe")
@@ -160,3 +162,16 @@ def test_a_diverged_indexer_is_named() -> None:
         model.layers[1].self_attn.indexer.wk.weight.fill_(math.nan)
     with pytest.raises(TrainingDiverged, match=r"The loss is nan in step 3, micro-batch 0, in the indexers' loss"):
         train_step(model, build_optimizer(model, OPTIMIZER), batches(), None, OPTIMIZER, 3)
+
+
+def test_held_out_figures_count_the_tokens_that_see_more_than_is_selected() -> None:
+    """A sequence no longer than the selection adds its cross-entropy, and nothing to the indexers' figures."""
+    model = indexed("gqa")
+    short, long = [5, 6, 7, 8], documents()[1]
+    alone, both = (measure_held_out(model, [np.array(each) for each in part], 100) for part in ([long], [long, short]))
+    assert both.num_targets == alone.num_targets + 3 and both.cross_entropy != alone.cross_entropy
+    for name in ("kl", "uniform", "recall"):
+        assert getattr(both, name) == pytest.approx(getattr(alone, name), rel=1e-5)
+    ids = torch.tensor(long[:-1])
+    losses = model(ids, causal_layout([len(ids)]), indexer_weight_T=torch.zeros(len(ids))).indexer_losses
+    assert alone.kl[0] == pytest.approx(float(losses[0].kl_T[DSA.top_k :].mean()), rel=1e-5)
