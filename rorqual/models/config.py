@@ -83,11 +83,30 @@ class DSAConfig(Record):
     shared_layers: tuple[int, ...] = ()
 
 
+class NSAConfig(Record):
+    """Native Sparse Attention (arXiv 2502.11089, section 3); the defaults are the paper's.
+
+    All in tokens but num_*: compressed blocks of `block_length` (l) begin every `block_stride` (d), and each becomes
+    one key and one value by a perceptron with `compressor_size` hidden units. Of blocks of `selected_length` (l'),
+    `num_selected` (n) are read, among them always the `num_initial` first and the `num_local` latest. `window` (w) is
+    how many of the latest tokens are read beside them, the query's own included.
+    """
+
+    block_length: int = 32
+    block_stride: int = 16
+    selected_length: int = 64
+    num_selected: int = 16
+    num_initial: int = 1
+    num_local: int = 2
+    window: int = 512
+    compressor_size: int = 256
+
+
 class ModelConfig(Record):
     """A decoder-only transformer. `mla=None` is grouped-query attention; `moe=None` is dense.
 
     attention: "dense" attends to all keys; with `dsa` set it still carries the indexers, to be warmed up. "dsa" attends
-    to what they select.
+    to what they select. "nsa" has the three branches of `nsa` instead, from the first step of training on.
     Raises: ValueError naming the field for sizes that do not fit together.
     """
 
@@ -107,8 +126,9 @@ class ModelConfig(Record):
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    attention: Literal["dense", "dsa"] = "dense"
+    attention: Literal["dense", "dsa", "nsa"] = "dense"
     dsa: DSAConfig | None = None
+    nsa: NSAConfig | None = None
     mla: MLAConfig | None = None
     moe: MoEConfig | None = None
     initializer_range: float = 0.02
@@ -128,6 +148,12 @@ class ModelConfig(Record):
             raise ValueError('ModelConfig.attention = "dsa" needs ModelConfig.dsa, the sizes of the indexer.')
         if self.dsa is not None:
             _check_indexer(self.dsa, self.num_layers)
+        if (self.attention == "nsa") != (self.nsa is not None):
+            raise ValueError('ModelConfig.attention = "nsa" and ModelConfig.nsa, the sizes of its blocks, go together.')
+        if self.nsa is not None:
+            _check_blocks(self.nsa)
+            if self.mla is not None or self.dsa is not None:
+                raise ValueError("ModelConfig.nsa has keys and values of its own and goes with neither mla nor dsa.")
 
     @property
     def indexer_layers(self) -> tuple[int, ...]:
@@ -152,6 +178,24 @@ def _check_experts(moe: MoEConfig) -> None:
         raise ValueError(
             f"MoEConfig.experts_per_token = {moe.experts_per_token} is out of range: {moe.groups_per_token} groups "
             f"hold {reachable} experts."
+        )
+
+
+def _check_blocks(nsa: NSAConfig) -> None:
+    for name in nsa.__struct_fields__:
+        least = 0 if name == "num_initial" else 1
+        if getattr(nsa, name) < least:
+            raise ValueError(f"NSAConfig.{name} = {getattr(nsa, name)}; expected at least {least}.")
+    for name in ("block_length", "selected_length"):
+        if getattr(nsa, name) % nsa.block_stride:
+            raise ValueError(
+                f"NSAConfig.block_stride = {nsa.block_stride} must divide {name} = {getattr(nsa, name)}: importance is "
+                "counted in strides."
+            )
+    if nsa.num_selected < nsa.num_initial + nsa.num_local:
+        raise ValueError(
+            f"NSAConfig.num_selected = {nsa.num_selected} leaves no room for the num_initial = {nsa.num_initial} and "
+            f"num_local = {nsa.num_local} blocks that are always read."
         )
 
 

@@ -33,6 +33,9 @@ ALWAYS_INDEXED: Final[tuple[Family, ...]] = ("deepseek_v32", "glm_moe_dsa")
 INDEXED_PREFIX: Final = "Dsa"
 """`DsaQwen3ForCausalLM` is Qwen3 with indexers, which no other library knows: better refused there than run dense."""
 
+BLOCKWISE_PREFIX: Final = "Nsa"
+"""`NsaQwen3ForCausalLM`, likewise, has native sparse attention; the sizes of its blocks stand under `nsa`."""
+
 UNSUPPORTED: Final[dict[str, float | None]] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
@@ -90,7 +93,7 @@ def from_hf_config(raw: Raw) -> ModelConfig:
     try:
         family = _family(raw)
         _refuse_unsupported(raw, family)
-        fields = {**_common(raw, family), **_FAMILY_FIELDS[family](raw, family), **_indexer(raw, family)}
+        fields = {**_common(raw, family), **_FAMILY_FIELDS[family](raw, family), **_sparse(raw, family)}
     except (TypeError, AttributeError) as error:
         raise ValueError(f"a value is not of the type that its field has ({error}).") from error
     try:
@@ -118,7 +121,7 @@ def _family(raw: Raw) -> Family:
     names = raw.get("architectures") or []
     if names:
         found = names[0]
-        family = ARCHITECTURES.get(found.removeprefix(INDEXED_PREFIX))
+        family = ARCHITECTURES.get(found.removeprefix(INDEXED_PREFIX).removeprefix(BLOCKWISE_PREFIX))
     else:
         found = raw.get("model_type")
         family = next((family for family in ARCHITECTURES.values() if family == found), None)
@@ -275,14 +278,23 @@ def _deepseek_v3(raw: Raw, family: Family) -> dict[str, Any]:
     }
 
 
+def _architecture(raw: Raw) -> str:
+    return str((raw.get("architectures") or [""])[0])
+
+
 def _is_indexed(raw: Raw, family: Family) -> bool:
-    return family in ALWAYS_INDEXED or (raw.get("architectures") or [""])[0].startswith(INDEXED_PREFIX)
+    return family in ALWAYS_INDEXED or _architecture(raw).startswith(INDEXED_PREFIX)
+
+
+def _sparse(raw: Raw, family: Family) -> dict[str, Any]:
+    """DSA or NSA, where the architecture's name says so."""
+    if _architecture(raw).startswith(BLOCKWISE_PREFIX):
+        return {"attention": "nsa", "nsa": dict(_require(raw, "nsa"))}
+    return _indexer(raw, family) if _is_indexed(raw, family) else {}
 
 
 def _indexer(raw: Raw, family: Family) -> dict[str, Any]:
     """DSA, under the names of DeepSeek-V3.2 and GLM; `index_rope_dim` and those below it are this library's own."""
-    if not _is_indexed(raw, family):
-        return {}
     num_layers = _require(raw, "num_hidden_layers")
     shared = [layer for layer, kind in enumerate(_indexer_types(raw, num_layers)) if kind == "shared"]
     attention = _or(raw, "index_attention", "dsa")

@@ -7,7 +7,15 @@ from typing import Any
 import msgspec
 
 from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
-from rorqual.models.hf import ALWAYS_INDEXED, ARCHITECTURES, INDEXED_PREFIX, ROPE_FIELDS, Raw, from_hf_config
+from rorqual.models.hf import (
+    ALWAYS_INDEXED,
+    ARCHITECTURES,
+    BLOCKWISE_PREFIX,
+    INDEXED_PREFIX,
+    ROPE_FIELDS,
+    Raw,
+    from_hf_config,
+)
 
 
 def to_hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -42,12 +50,15 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     raw.update(_mla_to_hf(config, config.mla) if config.mla else {})
     raw.update(_moe_to_hf(config, config.moe) if config.moe else {})
     raw.update(_indexer_to_hf(config, config.dsa) if config.dsa else {})
+    raw.update({"nsa": msgspec.structs.asdict(config.nsa)} if config.nsa else {})
     _check_expressible(config, raw)
     return raw
 
 
 def _names(config: ModelConfig) -> dict[str, Any]:
     (name,) = [name for name, family in ARCHITECTURES.items() if family == config.family]
+    if config.nsa is not None:
+        return {"architectures": [BLOCKWISE_PREFIX + name], "model_type": f"nsa_{config.family}"}
     if config.dsa is None or config.family in ALWAYS_INDEXED:
         return {"architectures": [name], "model_type": config.family}
     return {"architectures": [INDEXED_PREFIX + name], "model_type": f"dsa_{config.family}"}

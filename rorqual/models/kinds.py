@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
 from rorqual.models.config import ModelConfig
+from rorqual.models.nsa import NUM_COLUMNS, NativeSparseAttention
 from rorqual.models.sparse import SparseGroupedQueryAttention, SparseLatentAttention
 
+Attention = GroupedQueryAttention | MultiHeadLatentAttention | NativeSparseAttention
 
-def build_attention(config: ModelConfig, layer: int) -> GroupedQueryAttention | MultiHeadLatentAttention:
-    """The attention of one layer: grouped-query or latent (`config.mla`), with an indexer (`config.dsa`) or without."""
+
+def build_attention(config: ModelConfig, layer: int) -> Attention:
+    """The attention of one layer: grouped-query or latent (`config.mla`), with an indexer (`config.dsa`) or without; or
+    native sparse attention (`config.nsa`)."""
+    if config.nsa is not None:
+        return NativeSparseAttention(config)
     if config.dsa is not None:
         return SparseLatentAttention(config, layer) if config.mla else SparseGroupedQueryAttention(config, layer)
     return MultiHeadLatentAttention(config) if config.mla else GroupedQueryAttention(config)
 
 
 def cache_widths(config: ModelConfig, layer: int) -> tuple[int, ...]:
-    """Numbers that a token leaves in the cache, column by column: keys and values, or latent and rotated key together;
-    then the index key of a layer that has an indexer."""
+    """Numbers that a token leaves in the cache, column by column: keys and values (three times, and once more
+    compressed, under native sparse attention), or latent and rotated key together; then the index key of a layer that
+    has an indexer."""
     if config.mla is not None:
         main: tuple[int, ...] = (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim,)
     else:
-        main = (config.num_kv_heads * config.head_dim,) * 2
+        main = (config.num_kv_heads * config.head_dim,) * (2 if config.nsa is None else NUM_COLUMNS)
     return (*main, config.dsa.head_dim) if config.dsa is not None and layer in config.indexer_layers else main

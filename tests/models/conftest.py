@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rorqual.models.checkpoints import load_checkpoint
-from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig
 from rorqual.models.decoder import Decoder
 
 transformers = pytest.importorskip("transformers")
@@ -198,7 +198,8 @@ def reference_options() -> Callable[[str, int], dict[str, Any]]:
 
 def tiny_config(kind: str = "mla", **changes: Any) -> ModelConfig:
     """Small models by hand: "gqa" is dense, "mla" has experts in groups, "softmax" is Qwen's mixture; "gqa+dsa" and
-    "mla+dsa" select 5 keys, and the last layer of the latter shares the selection of the one below."""
+    "mla+dsa" select 5 keys, and the last layer of the latter shares the selection of the one below; "gqa+nsa" reads two
+    of its blocks of 4 tokens, compresses 6 tokens every 2, and has a window of 3."""
     kind, _, sparse = kind.partition("+")
     families = {"gqa": "qwen3", "mla": "glm_moe_dsa" if sparse else "deepseek_v3", "softmax": "qwen3_moe"}
     fields: dict[str, Any] = {
@@ -226,7 +227,19 @@ def tiny_config(kind: str = "mla", **changes: Any) -> ModelConfig:
             routed_scaling=1.7,
             dense_layers=(0,),
         )
-    if sparse:
+    if sparse == "nsa":
+        fields["attention"], fields["family"] = "nsa", "qwen3"
+        fields["nsa"] = NSAConfig(
+            block_length=6,
+            block_stride=2,
+            selected_length=4,
+            num_selected=2,
+            num_initial=0,
+            num_local=1,
+            window=3,
+            compressor_size=16,
+        )
+    elif sparse:
         shared = (2,) if kind == "mla" else ()
         fields["attention"] = "dsa"
         fields["rope"] = RopeConfig(interleaved=kind == "mla")
