@@ -48,10 +48,10 @@ class Compressor(nn.Module):
         self.up_proj = nn.Linear(block_length * head_dim, hidden_size)
         self.down_proj = nn.Linear(hidden_size, head_dim)
 
-    def forward(self, windows_RBLGE: Tensor) -> Tensor:
-        """[R, B, G, E]."""
-        placed_RBGLE = windows_RBLGE.transpose(2, 3) + self.position
-        out: Tensor = self.down_proj(F.gelu(self.up_proj(placed_RBGLE.flatten(-2))))
+    def forward(self, windows_BLGE: Tensor) -> Tensor:
+        """[B, G, E]."""
+        placed_BGLE = windows_BLGE.transpose(1, 2) + self.position
+        out: Tensor = self.down_proj(F.gelu(self.up_proj(placed_BGLE.flatten(-2))))
         return out
 
 
@@ -97,13 +97,11 @@ class NativeSparseAttention(nn.Module):
             queries, keys_RK = block.query_index_RQ, _keys_in_order(block)
             rows = TokenColumns(*(_rows(column, keys_RK) for column in columns))
             last_RB = nsa.windows(keys_RK[..., None, None], self.sizes)[:, :, -1, 0, 0]
+            raw_k, raw_v = (nsa.windows(column, self.sizes).flatten(0, 1) for column in rows[:2])
+            k_BGE, v_BGE = self._compress(raw_k, raw_v, rotation, last_RB.flatten())
+            k_RBGE, v_RBGE = k_BGE.unflatten(0, last_RB.shape), v_BGE.unflatten(0, last_RB.shape)
             position_RQ = layout.positions_T[queries[:, :1]] + torch.arange(queries.shape[1], device=x_TD.device)
-            compressed = self._compress(
-                nsa.windows(rows.raw_k, self.sizes),
-                nsa.windows(rows.raw_v, self.sizes),
-                Rotation(_rows(rotation.cos, last_RB), _rows(rotation.sin, last_RB), rotation.interleaved),
-            )
-            branches = nsa.Branches(*compressed, *rows[2:])
+            branches = nsa.Branches(k_RBGE, v_RBGE, *rows[2:])
             outputs.append(self._attend(_rows(q_THE, queries), branches, _rows(gates_TH3, queries), position_RQ))
         out: Tensor = self.o_proj(layout.in_packed_order(outputs).flatten(1))
         return out
@@ -130,9 +128,10 @@ class NativeSparseAttention(nn.Module):
         gates_TH3 = self.gate_proj(x_TD).sigmoid().unflatten(-1, (self.num_heads, 3))
         return q_THE, TokenColumns(raw_k, raw_v, selected_k, selected_v, window_k, window_v), gates_TH3
 
-    def _compress(self, k_RBLGE: Tensor, v_RBLGE: Tensor, at_last: Rotation) -> tuple[Tensor, Tensor]:
-        """Keys and values of blocks [R, B, G, E]; the rotation is that of their last tokens."""
-        return at_last.rotate(self.compress_k(k_RBLGE)), self.compress_v(v_RBLGE)
+    def _compress(self, k_BLGE: Tensor, v_BLGE: Tensor, rotation: Rotation, last_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of blocks [B, G, E]; `last_B` says which of the rotation's tokens are their last ones."""
+        at_last = Rotation(rotation.cos[last_B], rotation.sin[last_B], rotation.interleaved)
+        return at_last.rotate(self.compress_k(k_BLGE)), self.compress_v(v_BLGE)
 
     def _attend(self, q_RQHE: Tensor, branches: nsa.Branches, gates_RQH3: Tensor, position_RQ: Tensor) -> Tensor:
         return nsa_tiled.native_sparse_attention(q_RQHE, branches, gates_RQH3, position_RQ, self.sizes, self.scale)
@@ -146,10 +145,9 @@ class NativeSparseAttention(nn.Module):
             return
         place_B = layout.write_index_N[ends_B]
         token_BL = place_B[:, None] - torch.arange(self.sizes.length - 1, -1, -1, device=place_B.device)
-        k_1BLGE, v_1BLGE = (self._heads(_rows(column.flatten(0, 1), token_BL))[None] for column in columns[:2])
-        at_last = Rotation(rotation.cos[ends_B], rotation.sin[ends_B], rotation.interleaved)
-        for column, made in zip(columns[6:], self._compress(k_1BLGE, v_1BLGE, at_last), strict=True):
-            column.view(-1, column.shape[-1]).index_copy_(0, place_B, made[0].flatten(1))
+        k_BLGE, v_BLGE = (self._heads(_rows(column.flatten(0, 1), token_BL)) for column in columns[:2])
+        for column, made in zip(columns[6:], self._compress(k_BLGE, v_BLGE, rotation, ends_B), strict=True):
+            column.view(-1, column.shape[-1]).index_copy_(0, place_B, made.flatten(1))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_kv_heads, -1))

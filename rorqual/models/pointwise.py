@@ -131,7 +131,7 @@ class _Rotate(torch.autograd.Function):
 
 def _turned(x_THE: Tensor, cos_T1E: Tensor, sin_T1E: Tensor, sign: float) -> Tensor:
     """sign = -1 turns back."""
-    if serves(x_THE):
+    if serves(x_THE) and x_THE.dim() == cos_T1E.dim() == 3:
         out_THE = _like(x_THE)
         halves = (len(x_THE), -1, 2, x_THE.shape[-1] // 2)
         cos, sin = (array(each).reshape(len(each), 2, -1) for each in (cos_T1E, sin_T1E))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rorqual.engines.local import EngineConfig, LocalEngine
-from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, RopeConfig
+from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig, MoEConfig, NSAConfig, RopeConfig
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import causal_layout
 from rorqual.records import Completion, GenerateRequest, SamplingParams
@@ -19,7 +19,7 @@ VOCABULARY = 50
 
 
 def tiny_model(kind: str = "mla", dtype: torch.dtype = torch.float64) -> Decoder:
-    """ "mla" has experts. "+dsa" selects 6 keys."""
+    """ "mla" has experts. "+dsa" selects 6 keys, "+nsa" reads 2 blocks of 4."""
     kind, _, sparse = kind.partition("+")
     mla = MLAConfig(kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, q_lora_rank=12)
     moe = MoEConfig(
@@ -31,10 +31,14 @@ def tiny_model(kind: str = "mla", dtype: torch.dtype = torch.float64) -> Decoder
         groups_per_token=2,
         dense_layers=(0,),
     )
+    blocks = NSAConfig(
+        block_length=4, block_stride=2, selected_length=4, num_selected=2, num_initial=0, num_local=1, window=3
+    )
     config = ModelConfig(
         family="deepseek_v3" if kind == "mla" else "qwen3",
-        attention="dsa" if sparse else "dense",
-        dsa=DSAConfig(top_k=6, num_heads=2, head_dim=8, rope_dim=8) if sparse else None,
+        attention=sparse or "dense",
+        dsa=DSAConfig(top_k=6, num_heads=2, head_dim=8, rope_dim=8) if sparse == "dsa" else None,
+        nsa=blocks if sparse == "nsa" else None,
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -90,7 +94,7 @@ def assert_alike(first: Completion, second: Completion) -> None:
     assert list(first.logprobs) == pytest.approx(list(second.logprobs), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["mla", "gqa", "mla+dsa", "gqa+dsa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "mla+dsa", "gqa+dsa", "gqa+nsa"])
 @pytest.mark.parametrize(("num_slots", "chunk"), [(1, 3), (3, 5), (8, 100), (24, 8192)])
 def test_what_is_drawn_does_not_depend_on_the_schedule(kind: str, num_slots: int, chunk: int) -> None:
     model = tiny_model(kind)
@@ -102,7 +106,7 @@ def test_what_is_drawn_does_not_depend_on_the_schedule(kind: str, num_slots: int
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("kind", ["mla", "gqa", "mla+dsa", "gqa+dsa"])
+@pytest.mark.parametrize("kind", ["mla", "gqa", "mla+dsa", "gqa+dsa", "gqa+nsa"])
 def test_records_equal_the_packed_forward_pass(kind: str, dtype: torch.dtype) -> None:
     """Log-probs over the kept set, entropies, kept mass and routes, recomputed by one uncached pass.
 
@@ -211,7 +215,7 @@ def count_fed_tokens(engine: LocalEngine) -> list[int]:
     return fed
 
 
-@pytest.mark.parametrize(("num_slots", "kind"), [(2, "mla"), (7, "mla"), (5, "mla+dsa")])
+@pytest.mark.parametrize(("num_slots", "kind"), [(2, "mla"), (7, "mla"), (5, "mla+dsa"), (5, "gqa+nsa")])
 def test_interrupted_at_any_step_and_resumed_is_the_same(num_slots: int, kind: str) -> None:
     model = tiny_model(kind, dtype=torch.float32)
     config = EngineConfig(num_slots=num_slots, prefill_chunk_tokens=16, record_selections=True)
@@ -349,7 +353,7 @@ def test_many_rows_read_the_prompts_of_their_own_groups() -> None:
         torch.testing.assert_close(torch.tensor(completion.logprobs.tolist()), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ("mla", "gqa", "gqa+dsa"))
+@pytest.mark.parametrize("kind", ("mla", "gqa", "gqa+dsa", "gqa+nsa"))
 def test_an_interrupted_step_leaves_nothing_wrong_behind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped between the forward pass and the draw, the request goes on as if nothing had been, and so does the turn
     that continues it."""

@@ -82,6 +82,15 @@ def test_a_copied_prefix_carries_its_compressed_blocks(tiny_decoder: Callable[..
     torch.testing.assert_close(output.hidden[0], expected[9:], rtol=1e-9, atol=1e-9)
 
 
+def test_float32_agrees_with_float64(tiny_decoder: Callable[..., Decoder]) -> None:
+    """Compiled kernels serve the one and torch the other. Room for all blocks, so that rounding moves no choice."""
+    sizes = NSAConfig(block_length=6, block_stride=2, selected_length=4, num_selected=6, num_local=1, window=3)
+    precise, ids, layout = tiny_decoder(KIND, nsa=sizes), random_ids(23), causal_layout([23])
+    with torch.no_grad():
+        expected = precise(ids, layout).hidden
+        torch.testing.assert_close(precise.float()(ids, layout).hidden.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_it_is_causal_and_reads_far_back(tiny_decoder: Callable[..., Decoder]) -> None:
     """A changed token changes nothing before it, and reaches a token that is out of the window by compression."""
     decoder, ids = tiny_decoder(KIND), random_ids(24)
