@@ -19,6 +19,7 @@ MIN_FREE_BYTES = 2_000_000_000
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "cpu": ("numba",),
+    "gpu": ("triton",),
     "hf": ("transformers",),
     "report": ("plotly",),
     "eval": ("scipy",),

@@ -50,4 +50,5 @@ def _with_parameters(target: Decoder, source: Decoder) -> Decoder:
     target.load_state_dict({name: given.get(name, own[name]) for name in target.state_dict()}, assign=True)
     for name, parameter in target.named_parameters():
         parameter.requires_grad_(given[name].requires_grad if name in given else True)
+    target.kernels = source.kernels
     return target.train(source.training)

@@ -27,9 +27,11 @@ from rorqual.models.fused import FusedBlock, decode_fused
 from rorqual.models.kinds import build_attention, cache_widths
 from rorqual.models.layout import PackedLayout
 from rorqual.models.moe import MLP, Experts, MixtureOfExperts, Router
+from rorqual.models.nsa import NativeSparseAttention
 from rorqual.models.pointwise import RMSNorm
 from rorqual.models.rope import Rope
 from rorqual.models.sparse import IndexerLoss, Rotations, SparseAttention, SparseRequest
+from rorqual.ops.dispatch import Kernels
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self._kernels: Kernels = "auto"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -137,6 +140,21 @@ class Decoder(nn.Module):
             index_rope = msgspec.structs.replace(config.rope, interleaved=config.dsa.interleaved)
             self.index_rope = Rope(index_rope, config.dsa.rope_dim)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def kernels(self) -> Kernels:
+        """The implementation of sparse attention, see `ops.dispatch`; set it for all layers at once."""
+        return self._kernels
+
+    @kernels.setter
+    def kernels(self, name: Kernels) -> None:
+        self._kernels = name
+        for block in self.layers:
+            attention = cast(Block, block).self_attn
+            if isinstance(attention, SparseAttention):
+                attention.rule = attention.rule._replace(kernels=name)
+            elif isinstance(attention, NativeSparseAttention):
+                attention.kernels = name
 
     @property
     def unembedding_VD(self) -> Tensor:

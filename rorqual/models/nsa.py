@@ -21,7 +21,8 @@ from rorqual.models.config import ModelConfig, NSAConfig
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.pointwise import RMSNorm
 from rorqual.models.rope import Rotation
-from rorqual.ops import nsa, nsa_tiled
+from rorqual.ops import nsa
+from rorqual.ops.dispatch import Kernels, nsa_kernels
 
 NUM_COLUMNS = 8
 """In the cache: `TokenColumns`, then keys and values of the compressed blocks, each where its last token stands."""
@@ -79,6 +80,7 @@ class NativeSparseAttention(nn.Module):
         super().__init__()
         sizes = _given(config.nsa)
         self.sizes = block_sizes(sizes)
+        self.kernels: Kernels = "auto"
         self.num_heads, self.num_kv_heads, self.scale = config.num_heads, config.num_kv_heads, config.head_dim**-0.5
         width = config.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
@@ -134,7 +136,8 @@ class NativeSparseAttention(nn.Module):
         return at_last.rotate(self.compress_k(k_BLGE)), self.compress_v(v_BLGE)
 
     def _attend(self, q_RQHE: Tensor, branches: nsa.Branches, gates_RQH3: Tensor, position_RQ: Tensor) -> Tensor:
-        return nsa_tiled.native_sparse_attention(q_RQHE, branches, gates_RQH3, position_RQ, self.sizes, self.scale)
+        kernels = nsa_kernels(q_RQHE, self.kernels)
+        return kernels.native_sparse_attention(q_RQHE, branches, gates_RQH3, position_RQ, self.sizes, self.scale)
 
     def _write_completed(self, columns: list[Tensor], rotation: Rotation, layout: CachedLayout) -> None:
         """Compress the blocks whose last token is among the new ones."""

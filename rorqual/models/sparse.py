@@ -28,6 +28,7 @@ from rorqual.models.indexer import Indexer
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.rope import Rotation
 from rorqual.ops import dsa, dsa_tiled
+from rorqual.ops.dispatch import Kernels, dsa_kernels
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,17 @@ class SparseRequest:
     recall_at: int = 0
 
 
+class SelectionRule(NamedTuple):
+    """top_k: how many keys a query attends to; None for all. kernels: the implementation, see `ops.dispatch`."""
+
+    top_k: int | None
+    kernels: Kernels = "auto"
+
+    def takes_all(self, num_keys: int) -> bool:
+        """Whether a selection among so many keys leaves none out."""
+        return self.top_k is None or num_keys <= self.top_k
+
+
 @dataclass(frozen=True)
 class SparseOutput:
     """out_TD: what the attention adds. selected_TS: None where all keys were attended to as a matter of config."""
@@ -77,7 +89,7 @@ class SparseGroupedQueryAttention(GroupedQueryAttention):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config)
-        self.indexer, self.top_k = _indexer(config, layer, config.hidden_size), top_k_of(config)
+        self.indexer, self.rule = _indexer(config, layer, config.hidden_size), SelectionRule(top_k_of(config))
 
     def forward_sparse(
         self, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, request: SparseRequest
@@ -85,7 +97,7 @@ class SparseGroupedQueryAttention(GroupedQueryAttention):
         q_THE, k_TGE, v_TGE = self._project(x_TD, rotations.main)
         index = None if self.indexer is None else self.indexer(x_TD, x_TD, rotations.index)
         heads = Heads(q_THE, k_TGE, v_TGE, self.scale)
-        out_THE, selected_TS, loss = attend_packed_sparse(heads, index, layout, self.top_k, request)
+        out_THE, selected_TS, loss = attend_packed_sparse(heads, index, layout, self.rule, request)
         return SparseOutput(self.o_proj(out_THE.flatten(1)), selected_TS, loss)
 
     def forward_cached_sparse(
@@ -99,11 +111,11 @@ class SparseGroupedQueryAttention(GroupedQueryAttention):
         q_NHE, k_NGE, v_NGE = self._project(x_ND, rotations.main)
         index = None if self.indexer is None else self.indexer(x_ND, x_ND, rotations.index)
         write(columns, layout, (k_NGE.flatten(1), v_NGE.flatten(1)), index)
-        selected_NS = select_cached(index, columns[-1], layout, self.top_k, selected_NS)
-        if selected_NS is None or takes_all(layout.num_keys, self.top_k):
+        selected_NS = select_cached(index, columns[-1], layout, self.rule, selected_NS)
+        if selected_NS is None or self.rule.takes_all(layout.num_keys):
             return SparseOutput(self._attend_cached(q_NHE, columns, layout), selected_NS)
         k_RKGE, v_RKGE = (layout.read(column).unflatten(-1, (self.num_kv_heads, -1)) for column in columns[:2])
-        out_NHE = attend_cached_sparse(Heads(q_NHE, k_RKGE, v_RKGE, self.scale), layout, selected_NS)
+        out_NHE = attend_cached_sparse(Heads(q_NHE, k_RKGE, v_RKGE, self.scale), layout, self.rule, selected_NS)
         return SparseOutput(self.o_proj(out_NHE.flatten(1)), selected_NS)
 
 
@@ -113,7 +125,7 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config)
         query_size = config.mla.q_lora_rank if config.mla and config.mla.q_lora_rank else config.hidden_size
-        self.indexer, self.top_k = _indexer(config, layer, query_size), top_k_of(config)
+        self.indexer, self.rule = _indexer(config, layer, query_size), SelectionRule(top_k_of(config))
 
     def forward_sparse(
         self, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, request: SparseRequest
@@ -121,14 +133,14 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         query_TW = self._query_input(x_TD)
         q_nope_THN, q_rope_THP, latent_TL, k_rope_TP = self._project(x_TD, rotations.main, query_TW)
         index = None if self.indexer is None else self.indexer(x_TD, query_TW, rotations.index)
-        absorbed = not takes_all(layout.num_keys, self.top_k)
+        absorbed = not self.rule.takes_all(layout.num_keys)
         if absorbed:
             q_THE = self._absorb_query(q_nope_THN, q_rope_THP)
             k_T1E = torch.cat((latent_TL, k_rope_TP), dim=-1).unsqueeze(1)
             heads = Heads(q_THE, k_T1E, latent_TL.unsqueeze(1), self.scale)
         else:
             heads = Heads(torch.cat((q_nope_THN, q_rope_THP), -1), *self._expand(latent_TL, k_rope_TP), self.scale)
-        out_THX, selected_TS, loss = attend_packed_sparse(heads, index, layout, self.top_k, request)
+        out_THX, selected_TS, loss = attend_packed_sparse(heads, index, layout, self.rule, request)
         out_THV = self._raise_value(out_THX) if absorbed else out_THX
         return SparseOutput(self.o_proj(out_THV.flatten(1)), selected_TS, loss)
 
@@ -144,12 +156,12 @@ class SparseLatentAttention(MultiHeadLatentAttention):
         q_nope_NHN, q_rope_NHP, latent_NL, k_rope_NP = self._project(x_ND, rotations.main, query_NW)
         index = None if self.indexer is None else self.indexer(x_ND, query_NW, rotations.index)
         write(columns, layout, (torch.cat((latent_NL, k_rope_NP), dim=-1),), index)
-        selected_NS = select_cached(index, columns[-1], layout, self.top_k, selected_NS)
-        if selected_NS is None or takes_all(layout.num_keys, self.top_k):
+        selected_NS = select_cached(index, columns[-1], layout, self.rule, selected_NS)
+        if selected_NS is None or self.rule.takes_all(layout.num_keys):
             return SparseOutput(self._attend_cached(q_nope_NHN, q_rope_NHP, columns, layout), selected_NS)
         k_RK1E = layout.read(columns[0]).unsqueeze(2)
         heads = Heads(self._absorb_query(q_nope_NHN, q_rope_NHP), k_RK1E, k_RK1E[..., : self.latent_dim], self.scale)
-        out_NHV = self._raise_value(attend_cached_sparse(heads, layout, selected_NS))
+        out_NHV = self._raise_value(attend_cached_sparse(heads, layout, self.rule, selected_NS))
         return SparseOutput(self.o_proj(out_NHV.flatten(1)), selected_NS)
 
 
@@ -169,21 +181,22 @@ class Heads(NamedTuple):
 
 
 def attend_packed_sparse(
-    heads: Heads, index: dsa.IndexerOutput | None, layout: PackedLayout, top_k: int | None, request: SparseRequest
+    heads: Heads, index: dsa.IndexerOutput | None, layout: PackedLayout, rule: SelectionRule, request: SparseRequest
 ) -> tuple[Tensor, Tensor | None, IndexerLoss | None]:
     """Attention [T, H, V], the selection, and the indexer's loss where it is asked for.
 
-    top_k: None attends to all keys. The loss is then taken over all of them (warm-up), else over the selected ones.
+    Where all keys are attended to by rule, the loss is taken over all of them (warm-up), else over the selected ones.
     Raises: ValueError for a layer without indexer that is given no selection.
     """
-    selected_TS = None if top_k is None else _given_or_own(request.selected_TS, index, layout, top_k)
+    selected_TS = None if rule.top_k is None else _given_or_own(request.selected_TS, index, layout, rule)
     loss = None
     if request.loss_weight_T is not None and index is not None:
-        loss = _packed_loss(heads, index, layout, selected_TS, request)
-    if selected_TS is None or takes_all(layout.num_keys, top_k):
+        loss = _packed_loss(heads, index, layout, selected_TS, rule, request)
+    if selected_TS is None or rule.takes_all(layout.num_keys):
         return attend_packed(*heads[:3], layout, heads.scale).unflatten(1, (heads.q.shape[1], -1)), selected_TS, loss
+    kernels = dsa_kernels(heads.q, rule.kernels)
     outputs = [
-        dsa_tiled.sparse_attention(
+        kernels.sparse_attention(
             _rows(heads.q, block.query_index_RQ),
             _rows(heads.k, block.key_index_RK),
             _rows(heads.v, block.key_index_RK),
@@ -195,28 +208,31 @@ def attend_packed_sparse(
     return layout.in_packed_order(outputs), selected_TS, loss
 
 
-def _given_or_own(given_TS: Tensor | None, index: dsa.IndexerOutput | None, layout: PackedLayout, top_k: int) -> Tensor:
+def _given_or_own(
+    given_TS: Tensor | None, index: dsa.IndexerOutput | None, layout: PackedLayout, rule: SelectionRule
+) -> Tensor:
     """The given selection; the layer's own for tokens of which nothing is given (their row is all -1)."""
     if given_TS is None:
-        return select_packed(_present(index), layout, top_k)
+        return select_packed(_present(index), layout, rule)
     given_TS, free_T = given_TS.long(), given_TS[:, 0] < 0
     if not bool(free_T.any()):
         return given_TS
-    own_TS = select_packed(_present(index), layout, top_k)
+    own_TS = select_packed(_present(index), layout, rule)
     width = max(own_TS.shape[1], given_TS.shape[1])
     own_TS, given_TS = (F.pad(each, (0, width - each.shape[1]), value=-1) for each in (own_TS, given_TS))
     return torch.where(free_T[:, None], own_TS, given_TS)
 
 
 @torch.no_grad()
-def select_packed(index: dsa.IndexerOutput, layout: PackedLayout, top_k: int) -> Tensor:
+def select_packed(index: dsa.IndexerOutput, layout: PackedLayout, rule: SelectionRule) -> Tensor:
     """Positions [T, min(top_k, longest row)] that each token selects in its own sequence."""
-    width = min(top_k, layout.num_keys)
+    assert rule.top_k is not None
+    width, kernels = min(rule.top_k, layout.num_keys), dsa_kernels(index.q, rule.kernels)
     found = []
     for block in layout.blocks:
         q_RQIC, weight_RQI = (_rows(x, block.query_index_RQ) for x in (index.q, index.weight))
         rows = dsa.IndexerOutput(q_RQIC, _rows(index.k, block.key_index_RK), weight_RQI)
-        selected_RQS = dsa_tiled.select_keys(rows, block.last_key_RQ(), block.key_valid_RK, top_k)
+        selected_RQS = kernels.select_keys(rows, block.last_key_RQ(), block.key_valid_RK, rule.top_k)
         positions_RQS = _positions(selected_RQS, block)
         found.append(F.pad(positions_RQS, (0, width - positions_RQS.shape[-1]), value=-1))
     return layout.in_packed_order(found)
@@ -227,9 +243,11 @@ def _packed_loss(
     index: dsa.IndexerOutput,
     layout: PackedLayout,
     selected_TS: Tensor | None,
+    rule: SelectionRule,
     request: SparseRequest,
 ) -> IndexerLoss:
     assert request.loss_weight_T is not None
+    kernels = dsa_kernels(heads.q, rule.kernels)
     totals, measured, recalls = [], [], []
     for block in layout.blocks:
         queries, keys = block.query_index_RQ, block.key_index_RK
@@ -241,11 +259,11 @@ def _packed_loss(
         if block.query_valid_RQ is not None:
             weight_RQ = weight_RQ.masked_fill(~block.query_valid_RQ, 0.0)
         selected_RQS = None if selected_TS is None else _key_indices(_rows(selected_TS, queries), block)
-        total, kl_RQ, uniform_RQ = dsa_tiled.indexer_kl(main, rows, weight_RQ, selected_RQS)
+        total, kl_RQ, uniform_RQ = kernels.indexer_kl(main, rows, weight_RQ, selected_RQS)
         totals.append(total)
         measured.append(torch.stack((kl_RQ, uniform_RQ), dim=-1))
         if request.recall_at:
-            recalls.append(dsa_tiled.attention_recall(main, rows, request.recall_at))
+            recalls.append(kernels.attention_recall(main, rows, request.recall_at))
     kl_T, uniform_T = layout.in_packed_order(measured).unbind(dim=-1)
     return IndexerLoss(torch.stack(totals).sum(), kl_T, uniform_T, layout.in_packed_order(recalls) if recalls else None)
 
@@ -290,23 +308,25 @@ def select_cached(
     index: dsa.IndexerOutput | None,
     index_keys_SCE: Tensor,
     layout: CachedLayout,
-    top_k: int | None,
+    rule: SelectionRule,
     given_NS: Tensor | None,
 ) -> Tensor | None:
     """Positions [N, S] that each new token selects in its slot; None where all keys are attended to by config."""
-    if top_k is None or given_NS is not None:
-        return given_NS if top_k is not None else None
+    if rule.top_k is None or given_NS is not None:
+        return given_NS if rule.top_k is not None else None
     q, _, weight = _present(index)
     rows = dsa.IndexerOutput(
         q.unflatten(0, (layout.num_rows, -1)), layout.read(index_keys_SCE), weight.unflatten(0, (layout.num_rows, -1))
     )
-    return dsa_tiled.select_keys(rows, layout.positions_RQ, None, top_k).flatten(0, 1)
+    kernels = dsa_kernels(q, rule.kernels)
+    return kernels.select_keys(rows, layout.positions_RQ, None, rule.top_k).flatten(0, 1)
 
 
-def attend_cached_sparse(heads: Heads, layout: CachedLayout, selected_NS: Tensor) -> Tensor:
+def attend_cached_sparse(heads: Heads, layout: CachedLayout, rule: SelectionRule, selected_NS: Tensor) -> Tensor:
     """[N, H, V], where keys and values are those of the rows' slots: [R, K, G, E]."""
     q_RQHE, selected_RQS = (x.unflatten(0, (layout.num_rows, -1)) for x in (heads.q, selected_NS))
-    return dsa_tiled.sparse_attention(q_RQHE, heads.k, heads.v, selected_RQS, heads.scale).flatten(0, 1)
+    kernels = dsa_kernels(heads.q, rule.kernels)
+    return kernels.sparse_attention(q_RQHE, heads.k, heads.v, selected_RQS, heads.scale).flatten(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- config
@@ -315,11 +335,6 @@ def attend_cached_sparse(heads: Heads, layout: CachedLayout, selected_NS: Tensor
 def top_k_of(config: ModelConfig) -> int | None:
     """How many keys a query attends to; None for all."""
     return config.dsa.top_k if config.dsa is not None and config.attention == "dsa" else None
-
-
-def takes_all(num_keys: int, top_k: int | None) -> bool:
-    """Whether a selection among so many keys leaves none out."""
-    return top_k is None or num_keys <= top_k
 
 
 def _indexer(config: ModelConfig, layer: int, query_size: int) -> Indexer | None:
