@@ -9,6 +9,8 @@ Shapes: as in `nsa.py`; X queries of a tile, W keys that a tile's windows span.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,14 +23,25 @@ WINDOW_TILE = 128
 """Least queries in a tile of the window branch."""
 
 
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+"""`dsa.sparse_attention`, by whichever kernels."""
+
+
 def native_sparse_attention(
-    q_RQHE: Tensor, branches: Branches, gates_RQH3: Tensor, position_RQ: Tensor, sizes: BlockSizes, scale: float
+    q_RQHE: Tensor,
+    branches: Branches,
+    gates_RQH3: Tensor,
+    position_RQ: Tensor,
+    sizes: BlockSizes,
+    scale: float,
+    attend: Attend = dsa_tiled.sparse_attention,
 ) -> Tensor:
-    """`nsa.native_sparse_attention`: [R, Q, H, E]."""
+    """`nsa.native_sparse_attention`: [R, Q, H, E]. attend: computes the selected branch."""
     compressed = compressed_attention(q_RQHE, *branches[:2], position_RQ, sizes, scale)
     num_keys = branches.selected_k.shape[1]
     blocks_RQGS = choose_blocks(q_RQHE, branches.compressed_k, position_RQ, num_keys, sizes, scale)
-    selected = selected_attention(q_RQHE, *branches[2:4], blocks_RQGS, position_RQ, sizes, scale)
+    tokens_RQGP = nsa.block_tokens(blocks_RQGS, position_RQ, sizes)
+    selected = selected_attention(q_RQHE, *branches[2:4], tokens_RQGP, scale, attend)
     window = window_attention(q_RQHE, *branches[4:], position_RQ, sizes.window, scale)
     of_compressed, of_selected, of_window = gates_RQH3.unsqueeze(3).unbind(dim=-1)
     return of_compressed * compressed + of_selected * selected + of_window * window
@@ -68,21 +81,14 @@ def choose_blocks(
 
 
 def selected_attention(
-    q_RQHE: Tensor,
-    k_RKGE: Tensor,
-    v_RKGE: Tensor,
-    blocks_RQGS: Tensor,
-    position_RQ: Tensor,
-    sizes: BlockSizes,
-    scale: float,
+    q_RQHE: Tensor, k_RKGE: Tensor, v_RKGE: Tensor, tokens_RQGP: Tensor, scale: float, attend: Attend
 ) -> Tensor:
     """Over the tokens of the selected blocks, each group its own: [R, Q, H, E]."""
     groups = k_RKGE.shape[2]
     q_RQGJE, outputs = q_RQHE.unflatten(2, (groups, -1)), []
     for group in range(groups):
-        tokens_RQP = nsa.block_tokens(blocks_RQGS[:, :, group : group + 1], position_RQ, sizes).squeeze(2)
         k_RK1E, v_RK1E = k_RKGE[:, :, group : group + 1], v_RKGE[:, :, group : group + 1]
-        outputs.append(dsa_tiled.sparse_attention(q_RQGJE[:, :, group], k_RK1E, v_RK1E, tokens_RQP, scale))
+        outputs.append(attend(q_RQGJE[:, :, group], k_RK1E, v_RK1E, tokens_RQGP[:, :, group], scale))
     return torch.cat(outputs, dim=2)
 
 

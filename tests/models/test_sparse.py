@@ -73,11 +73,13 @@ def test_selections_and_logits_are_those_of_transformers(
     with torch.no_grad():
         expected_TV = reference(token_ids_T[None]).logits[0]
         theirs_TLS = torch.stack(watched.visible(), dim=1)
+        free = decoder(token_ids_T, causal_layout([40]))
+        forced = decoder(token_ids_T, causal_layout([40]), selections_TLS=theirs_TLS)
+        decoder.kernels = "tiled"  # They select by `dsa.select`, which is shown the scores.
         spy = pytest.MonkeyPatch()
         with spy.context() as patch:
             patch.setattr(dsa, "select", recording(dsa.select, scores))
-            free = decoder(token_ids_T, causal_layout([40]))
-            forced = decoder(token_ids_T, causal_layout([40]), selections_TLS=theirs_TLS)
+            decoder(token_ids_T, causal_layout([40]))
     assert len(watched.selections) == len(decoder.config.indexer_layers) == theirs_TLS.shape[1]
     error = (decoder.logits(forced.hidden) - expected_TV).abs().max() / expected_TV.abs().max()
     assert error < 1e-5

@@ -1,0 +1,129 @@
+"""DeepSeek Sparse Attention on a CPU: compiled loops on all cores, in float32, and torch's matrix products where they
+are faster.
+
+The same functions as `dsa_tiled.py`. Index scores are a matrix product of torch, made in blocks that stay in a core's
+cache, ranked and selected from by `select_numba.py`; attention reads keys where they lie (`gathered_numba.py`). The
+indexer's loss and recall are those of `dsa_tiled.py`: they are matrix products and exponentials, which torch does well.
+bfloat16 is computed in float32.
+
+Shapes: as in `dsa.py`; X queries of a tile, P parts that add up keys' gradients apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rorqual.ops import dsa
+from rorqual.ops.compiled import array
+from rorqual.ops.dsa_tiled import attention_recall, indexer_kl, select_all
+from rorqual.ops.gathered_numba import attend, attend_backward
+from rorqual.ops.select_numba import rank_scores, select_rows
+from rorqual.ops.workers import spread
+
+__all__ = ["attention_recall", "indexer_kl", "select_keys", "sparse_attention"]
+
+PRODUCT_ROWS = 64
+"""Rows of the matrix product of a tile: queries times index heads."""
+
+PRODUCT_KEYS = 1024
+"""Its columns: 256 KB of products in float32, which a core's second-level cache holds."""
+
+QUERIES_PER_TASK = 64
+
+
+def select_keys(index: dsa.IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor | None, top_k: int) -> Tensor:
+    """`dsa.select` of `dsa.index_scores`: int64 [R, Q, min(top_k, K)]. Nothing here is differentiated.
+
+    Raises: ValueError for a `top_k` under 1.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k = {top_k}; at least one key must be selected.")
+    num_rows, num_keys = index.k.shape[:2]
+    if num_keys <= top_k:
+        return select_all(last_RQ, num_keys, key_valid_RK)
+    with torch.no_grad():
+        q_RQIC, k_RCK, weight_RQI = index.q.float(), index.k.float().transpose(1, 2), index.weight.float().contiguous()
+        selected_RQS = torch.empty(*last_RQ.shape, top_k, dtype=torch.int64)
+        width = max(1, PRODUCT_ROWS // q_RQIC.shape[2])
+
+        def work(task: tuple[int, int]) -> None:
+            row, start = task
+            tile = slice(start, start + width)
+            valid_K = np.empty(0, dtype=np.bool_) if key_valid_RK is None else array(key_valid_RK[row])
+            last_X = array(last_RQ[row, tile])
+            rank_XK = _ranks(q_RQIC[row, tile], k_RCK[row], array(weight_RQI[row, tile]), valid_K, last_X)
+            select_rows(rank_XK, last_X, top_k, selected_RQS[row, tile].numpy())
+
+        spread(work, [(row, start) for row in range(num_rows) for start in range(0, last_RQ.shape[1], width)])
+    return selected_RQS
+
+
+def _ranks(q_XIC: Tensor, k_CK: Tensor, weight_XI: np.ndarray, valid_K: np.ndarray, last_X: np.ndarray) -> np.ndarray:
+    """Ranks of the keys that some query of a tile sees: uint32 [X, keys up to the last one]."""
+    seen, (num_queries, num_heads, _) = int(last_X.max()) + 1, q_XIC.shape
+    rank_XK = np.empty((num_queries, seen), dtype=np.uint32)
+    total_N = np.empty(PRODUCT_KEYS, dtype=np.float32)
+    products = torch.empty(num_queries * num_heads * PRODUCT_KEYS)
+    for first in range(0, seen, PRODUCT_KEYS):
+        keys_CN = k_CK[:, first : min(first + PRODUCT_KEYS, seen)]
+        products_WN = products[: num_queries * num_heads * keys_CN.shape[1]].view(-1, keys_CN.shape[1])
+        torch.mm(q_XIC.flatten(0, 1), keys_CN, out=products_WN)
+        products_XIN = products_WN.view(num_queries, num_heads, -1).numpy()
+        rank_scores(products_XIN, weight_XI, valid_K, last_X, first, total_N, rank_XK)
+    return rank_XK
+
+
+def sparse_attention(q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQS: Tensor, scale: float) -> Tensor:
+    """`dsa.sparse_attention`: [R, Q, H, V]."""
+    q, k, v = (each.float() for each in (q_RQHE, k_RKGE, v_RKGV))
+    out: Tensor = _SparseAttention.apply(q, k, v, selected_RQS, scale)
+    return out.to(q_RQHE.dtype)
+
+
+class _SparseAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQS: Tensor, scale: float) -> Tensor:
+        q, k, v, selected = (each.contiguous() for each in (q_RQHE, k_RKGE, v_RKGV, selected_RQS))
+        out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
+
+        def work(task: tuple[int, slice]) -> None:
+            row, tile = task
+            inputs = (array(q[row, tile]), array(k[row]), array(v[row]), array(selected[row, tile]))
+            attend(*inputs, scale, array(out[row, tile]), array(lse[row, tile]))
+
+        spread(work, list(_tasks(*q.shape[:2])))
+        ctx.save_for_backward(q, k, v, selected, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_RQHV: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, selected, out, lse = ctx.saved_tensors
+        grad, grad_q = grad_RQHV.contiguous(), torch.empty_like(q)
+        (num_rows, num_queries), groups = q.shape[:2], k.shape[2]
+        # No two tasks may add to one key: as many copies of the sums as it takes to keep all cores busy.
+        num_parts = -(-torch.get_num_threads() // (num_rows * groups))
+        grad_k_P, grad_v_P = (x.new_zeros(num_parts, *x.shape) for x in (k, v))
+        width = -(-num_queries // num_parts)
+
+        def work(task: tuple[int, int, int]) -> None:
+            row, group, part = task
+            tile = slice(part * width, min((part + 1) * width, num_queries))
+            inputs = (array(q[row, tile]), array(k[row]), array(v[row]), array(selected[row, tile]))
+            saved = (array(out[row, tile]), array(lse[row, tile]), array(grad[row, tile]))
+            results = (array(grad_q[row, tile]), array(grad_k_P[part, row]), array(grad_v_P[part, row]))
+            attend_backward(*inputs, ctx.scale, *saved, group, *results)
+
+        spread(work, [(r, g, p) for r in range(num_rows) for g in range(groups) for p in range(num_parts)])
+        return grad_q, grad_k_P.sum(dim=0), grad_v_P.sum(dim=0), None, None
+
+
+def _tasks(num_rows: int, num_queries: int) -> Iterator[tuple[int, slice]]:
+    for row in range(num_rows):
+        for start in range(0, num_queries, QUERIES_PER_TASK):
+            yield row, slice(start, start + QUERIES_PER_TASK)
