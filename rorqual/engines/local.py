@@ -22,6 +22,7 @@ from rorqual.engines.sampling import LogitsNotFinite, Sampler
 from rorqual.engines.slots import SlotTable
 from rorqual.models.cache import cached_layout
 from rorqual.models.decoder import Decoder
+from rorqual.models.index_keys import IndexKeys
 from rorqual.records import Completion, GenerateRequest, Record, from_json, to_json
 
 INITIAL_CAPACITY = 128
@@ -30,12 +31,14 @@ INITIAL_CAPACITY = 128
 class EngineConfig(Record):
     """num_slots: sequences in the cache at once, ended ones kept for reuse included. prefill_chunk_tokens: most
     prompt tokens, padding included, that one step feeds. context_window: 0 takes the model's. record_selections: return
-    which keys sparse attention selected, to be replayed in training: 4 bytes a key, layer and token."""
+    which keys sparse attention selected, to be replayed in training: 4 bytes a key, layer and token. index_keys: how
+    the cache keeps the keys of sparse attention's indexers, see `models.index_keys`; fp8 takes a quarter of float32."""
 
     num_slots: int = 64
     prefill_chunk_tokens: int = 8192
     context_window: int = 0
     record_selections: bool = False
+    index_keys: IndexKeys = "model"
 
     def __post_init__(self) -> None:
         """Raises: ValueError naming the field that is out of range."""
@@ -57,9 +60,8 @@ class LocalEngine:
                 f"{model.config.context_window} tokens. Lower it, or set 0 to take the model's."
             )
         capacity = min(INITIAL_CAPACITY, self.context_window)
-        self.table = SlotTable(
-            model, self.config.num_slots, capacity, self.context_window, self.config.record_selections
-        )
+        remembered = (self.config.record_selections, self.config.index_keys)
+        self.table = SlotTable(model, self.config.num_slots, capacity, self.context_window, *remembered)
         self.queue: deque[GenerateRequest] = deque()
         self.undelivered: list[Completion] = []
         self.num_decoding = 0

@@ -21,6 +21,7 @@ from torch import Tensor
 from rorqual.engines.sampling import Draws
 from rorqual.models.cache import KVCache
 from rorqual.models.decoder import Decoder
+from rorqual.models.index_keys import IndexKeys
 from rorqual.records import Completion, GenerateRequest, KeptTokens, Routes, Selections, from_json, to_json
 
 ROW_COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass")
@@ -38,10 +39,16 @@ class SlotTable:
     """
 
     def __init__(
-        self, model: Decoder, num_slots: int, capacity: int, max_capacity: int, record_selections: bool = False
+        self,
+        model: Decoder,
+        num_slots: int,
+        capacity: int,
+        max_capacity: int,
+        record_selections: bool = False,
+        index_keys: IndexKeys = "model",
     ) -> None:
         self.num_slots, self.capacity, self.max_capacity = num_slots, capacity, max_capacity
-        self.cache: KVCache = model.new_cache(num_slots, capacity)
+        self.cache: KVCache = model.new_cache(num_slots, capacity, index_keys)
         self.tokens = np.zeros((num_slots, capacity), dtype=np.int64)
         self.logprobs = np.zeros((num_slots, capacity), dtype=np.float32)
         self.entropies = np.zeros((num_slots, capacity), dtype=np.float32)

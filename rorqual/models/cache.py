@@ -1,6 +1,6 @@
 """The key-value cache: one row of tokens a slot, for every layer.
 
-Each attention kind keeps something of a token (`kinds.cache_widths`): keys and values for grouped-query attention, the
+Each attention kind keeps something of a token (`kinds.cache_columns`): keys and values for grouped-query attention, the
 latent and the rotated key for MLA, and an indexer's key beside them. The cache stores those columns flat, so that one
 `index_copy_` writes any set of tokens.
 
@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,15 +22,25 @@ from torch import Tensor
 from rorqual.ops.attention_numba import RowReads
 
 
+class Column(NamedTuple):
+    """What a token leaves in one column of the cache: so many numbers of `dtype`, None being the model's."""
+
+    width: int
+    dtype: torch.dtype | None = None
+
+
 class KVCache:
     """`columns[layer][i]` is [S, C, W_i]. Which tokens of a slot are valid is the caller's to know."""
 
-    def __init__(self, widths: Sequence[tuple[int, ...]], num_slots: int, capacity: int, like: Tensor) -> None:
-        """widths: of the columns of each layer. dtype and device are those of `like`."""
+    def __init__(self, layers: Sequence[Sequence[Column]], num_slots: int, capacity: int, like: Tensor) -> None:
+        """layers: the columns of each. The model's dtype and device are those of `like`."""
         self.num_slots, self.capacity, self.dtype, self.device = num_slots, capacity, like.dtype, like.device
         self.columns = [
-            [torch.zeros(num_slots, capacity, width, dtype=like.dtype, device=like.device) for width in layer]
-            for layer in widths
+            [
+                torch.zeros(num_slots, capacity, width, dtype=dtype or like.dtype, device=like.device)
+                for width, dtype in columns
+            ]
+            for columns in layers
         ]
 
     def grow(self, capacity: int) -> None:

@@ -24,7 +24,8 @@ from rorqual.models.attention import GroupedQueryAttention
 from rorqual.models.cache import CachedLayout, KVCache
 from rorqual.models.config import ModelConfig
 from rorqual.models.fused import FusedBlock, decode_fused
-from rorqual.models.kinds import build_attention, cache_widths
+from rorqual.models.index_keys import IndexKeys
+from rorqual.models.kinds import build_attention, cache_columns
 from rorqual.models.layout import PackedLayout
 from rorqual.models.moe import MLP, Experts, MixtureOfExperts, Router
 from rorqual.models.nsa import NativeSparseAttention
@@ -273,10 +274,10 @@ class Decoder(nn.Module):
         """[..., D] -> [..., V]."""
         return F.linear(hidden, self.unembedding_VD)
 
-    def new_cache(self, num_slots: int, capacity: int) -> KVCache:
-        """An empty cache in the model's dtype, on its device."""
-        widths = [cache_widths(self.config, layer) for layer in range(self.config.num_layers)]
-        return KVCache(widths, num_slots, capacity, like=self.embed_tokens.weight)
+    def new_cache(self, num_slots: int, capacity: int, index_keys: IndexKeys = "model") -> KVCache:
+        """An empty cache in the model's dtype, on its device; the indexers' keys in the format that is asked for."""
+        layers = [cache_columns(self.config, layer, index_keys) for layer in range(self.config.num_layers)]
+        return KVCache(layers, num_slots, capacity, like=self.embed_tokens.weight)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator) -> None:

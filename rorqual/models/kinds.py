@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
+from rorqual.models.cache import Column
 from rorqual.models.config import ModelConfig
+from rorqual.models.index_keys import IndexKeys, index_column
 from rorqual.models.nsa import NUM_COLUMNS, NativeSparseAttention
 from rorqual.models.sparse import SparseGroupedQueryAttention, SparseLatentAttention
 
@@ -20,12 +22,13 @@ def build_attention(config: ModelConfig, layer: int) -> Attention:
     return MultiHeadLatentAttention(config) if config.mla else GroupedQueryAttention(config)
 
 
-def cache_widths(config: ModelConfig, layer: int) -> tuple[int, ...]:
-    """Numbers that a token leaves in the cache, column by column: keys and values (three times, and once more
-    compressed, under native sparse attention), or latent and rotated key together; then the index key of a layer that
-    has an indexer."""
+def cache_columns(config: ModelConfig, layer: int, index_keys: IndexKeys = "model") -> tuple[Column, ...]:
+    """What a token leaves in the cache: keys and values (three times, and once more compressed, under native sparse
+    attention), or latent and rotated key together; then the index key of a layer that has an indexer."""
     if config.mla is not None:
-        main: tuple[int, ...] = (config.mla.kv_lora_rank + config.mla.qk_rope_head_dim,)
+        main: tuple[Column, ...] = (Column(config.mla.kv_lora_rank + config.mla.qk_rope_head_dim),)
     else:
-        main = (config.num_kv_heads * config.head_dim,) * (2 if config.nsa is None else NUM_COLUMNS)
-    return (*main, config.dsa.head_dim) if config.dsa is not None and layer in config.indexer_layers else main
+        main = (Column(config.num_kv_heads * config.head_dim),) * (2 if config.nsa is None else NUM_COLUMNS)
+    if config.dsa is None or layer not in config.indexer_layers:
+        return main
+    return (*main, index_column(config.dsa.head_dim, index_keys))

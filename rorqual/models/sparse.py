@@ -24,6 +24,7 @@ from torch import Tensor
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention, attend_packed
 from rorqual.models.cache import CachedLayout
 from rorqual.models.config import ModelConfig
+from rorqual.models.index_keys import pack_index_keys, unpack_index_keys
 from rorqual.models.indexer import Indexer
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.rope import Rotation
@@ -301,7 +302,7 @@ def write(
     columns: list[Tensor], layout: CachedLayout, new: tuple[Tensor, ...], index: dsa.IndexerOutput | None
 ) -> None:
     """Store what attention keeps of the new tokens, and the index key behind it."""
-    layout.write(columns, new if index is None else (*new, index.k))
+    layout.write(columns, new if index is None else (*new, pack_index_keys(index.k, columns[-1].dtype)))
 
 
 def select_cached(
@@ -315,9 +316,8 @@ def select_cached(
     if rule.top_k is None or given_NS is not None:
         return given_NS if rule.top_k is not None else None
     q, _, weight = _present(index)
-    rows = dsa.IndexerOutput(
-        q.unflatten(0, (layout.num_rows, -1)), layout.read(index_keys_SCE), weight.unflatten(0, (layout.num_rows, -1))
-    )
+    q_RQIC, weight_RQI = (each.unflatten(0, (layout.num_rows, -1)) for each in (q, weight))
+    rows = dsa.IndexerOutput(q_RQIC, unpack_index_keys(layout.read(index_keys_SCE)), weight_RQI)
     kernels = dsa_kernels(q, rule.kernels)
     return kernels.select_keys(rows, layout.positions_RQ, None, rule.top_k).flatten(0, 1)
 

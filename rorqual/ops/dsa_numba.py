@@ -47,7 +47,7 @@ def select_keys(index: dsa.IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor 
     if num_keys <= top_k:
         return select_all(last_RQ, num_keys, key_valid_RK)
     with torch.no_grad():
-        q_RQIC, k_RCK, weight_RQI = index.q.float(), index.k.float().transpose(1, 2), index.weight.float().contiguous()
+        q_RQIC, k_RCK, weight_RQI = index.q.float(), index.k.transpose(1, 2), index.weight.float().contiguous()
         selected_RQS = torch.empty(*last_RQ.shape, top_k, dtype=torch.int64)
         width = max(1, PRODUCT_ROWS // q_RQIC.shape[2])
 
@@ -70,7 +70,7 @@ def _ranks(q_XIC: Tensor, k_CK: Tensor, weight_XI: np.ndarray, valid_K: np.ndarr
     total_N = np.empty(PRODUCT_KEYS, dtype=np.float32)
     products = torch.empty(num_queries * num_heads * PRODUCT_KEYS)
     for first in range(0, seen, PRODUCT_KEYS):
-        keys_CN = k_CK[:, first : min(first + PRODUCT_KEYS, seen)]
+        keys_CN = k_CK[:, first : min(first + PRODUCT_KEYS, seen)].float()
         products_WN = products[: num_queries * num_heads * keys_CN.shape[1]].view(-1, keys_CN.shape[1])
         torch.mm(q_XIC.flatten(0, 1), keys_CN, out=products_WN)
         products_XIN = products_WN.view(num_queries, num_heads, -1).numpy()
@@ -80,20 +80,30 @@ def _ranks(q_XIC: Tensor, k_CK: Tensor, weight_XI: np.ndarray, valid_K: np.ndarr
 
 def sparse_attention(q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQS: Tensor, scale: float) -> Tensor:
     """`dsa.sparse_attention`: [R, Q, H, V]."""
+    return grouped_sparse_attention(q_RQHE, k_RKGE, v_RKGV, selected_RQS.unsqueeze(2), scale)
+
+
+def grouped_sparse_attention(
+    q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQCS: Tensor, scale: float
+) -> Tensor:
+    """The same, where each key-value head may have a selection of its own (C = G) or all share one (C = 1)."""
     q, k, v = (each.float() for each in (q_RQHE, k_RKGE, v_RKGV))
-    out: Tensor = _SparseAttention.apply(q, k, v, selected_RQS, scale)
+    out: Tensor = _SparseAttention.apply(q, k, v, selected_RQCS.long(), scale)
     return out.to(q_RQHE.dtype)
 
 
 class _SparseAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQS: Tensor, scale: float) -> Tensor:
-        q, k, v, selected = (each.contiguous() for each in (q_RQHE, k_RKGE, v_RKGV, selected_RQS))
+    def forward(
+        ctx: Any, q_RQHE: Tensor, k_RKGE: Tensor, v_RKGV: Tensor, selected_RQCS: Tensor, scale: float
+    ) -> Tensor:
+        q, k, v, selected = q_RQHE.contiguous(), k_RKGE, v_RKGV, selected_RQCS.contiguous()
         out, lse = q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(q.shape[:3])
+        keys, values = [_rows(each) for each in k], [_rows(each) for each in v]
 
         def work(task: tuple[int, slice]) -> None:
             row, tile = task
-            inputs = (array(q[row, tile]), array(k[row]), array(v[row]), array(selected[row, tile]))
+            inputs = (array(q[row, tile]), keys[row], values[row], array(selected[row, tile]))
             attend(*inputs, scale, array(out[row, tile]), array(lse[row, tile]))
 
         spread(work, list(_tasks(*q.shape[:2])))
@@ -108,18 +118,21 @@ class _SparseAttention(torch.autograd.Function):
         (num_rows, num_queries), groups = q.shape[:2], k.shape[2]
         # No two tasks may add to one key: as many copies of the sums as it takes to keep all cores busy.
         num_parts = -(-torch.get_num_threads() // (num_rows * groups))
-        grad_k_P, grad_v_P = (x.new_zeros(num_parts, *x.shape) for x in (k, v))
+        grad_k_P, grad_v_P = (torch.zeros(num_parts, *x.shape) for x in (k, v))
+        keys, values = [_rows(each) for each in k], [_rows(each) for each in v]
         width = -(-num_queries // num_parts)
 
         def work(task: tuple[int, int, int]) -> None:
             row, group, part = task
             tile = slice(part * width, min((part + 1) * width, num_queries))
-            inputs = (array(q[row, tile]), array(k[row]), array(v[row]), array(selected[row, tile]))
+            inputs = (array(q[row, tile]), keys[row], values[row], array(selected[row, tile]))
             saved = (array(out[row, tile]), array(lse[row, tile]), array(grad[row, tile]))
             results = (array(grad_q[row, tile]), array(grad_k_P[part, row]), array(grad_v_P[part, row]))
             attend_backward(*inputs, ctx.scale, *saved, group, *results)
 
         spread(work, [(r, g, p) for r in range(num_rows) for g in range(groups) for p in range(num_parts)])
+        if num_parts == 1:
+            return grad_q, grad_k_P[0], grad_v_P[0], None, None
         return grad_q, grad_k_P.sum(dim=0), grad_v_P.sum(dim=0), None, None
 
 
@@ -127,3 +140,13 @@ def _tasks(num_rows: int, num_queries: int) -> Iterator[tuple[int, slice]]:
     for row in range(num_rows):
         for start in range(0, num_queries, QUERIES_PER_TASK):
             yield row, slice(start, start + QUERIES_PER_TASK)
+
+
+def _rows(x_KGE: Tensor) -> np.ndarray:
+    """The array of a row's keys or values. The first numbers of wider ones, as a cache keeps them (a latent and a
+    rotated key as one), are given with the rest: the kernels read no further than they must."""
+    pitch = x_KGE.stride(0)
+    behind = x_KGE.untyped_storage().nbytes() // x_KGE.element_size() - x_KGE.storage_offset()
+    if x_KGE.is_contiguous() or x_KGE.shape[1] > 1 or x_KGE.stride(2) != 1 or pitch < 1 or behind < pitch * len(x_KGE):
+        return array(x_KGE)
+    return array(x_KGE.as_strided((len(x_KGE), 1, pitch), (pitch, pitch, 1)))

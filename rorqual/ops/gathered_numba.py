@@ -2,9 +2,11 @@
 `dsa.sparse_attention`.
 
 Keys are read where they lie; nothing is gathered into a copy. H / G consecutive heads share keys and values and take
-them two by two. Backward computes the weights anew from the log-sum-exp that forward leaves.
+them two by two. Backward computes the weights anew from the log-sum-exp that forward leaves. Of a key the first E
+numbers are read, and of a value the first V, so that a latent serves as both.
 
-Shapes: X queries, K keys, S selected keys, H heads, G key-value heads, E key width, V value width.
+Shapes: X queries, K keys, S selected keys, H heads, G key-value heads, C selections a query (1, which all heads share,
+or G), E key width, V value width.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ def attend(
     q_XHE: np.ndarray,
     k_KGE: np.ndarray,
     v_KGV: np.ndarray,
-    selected_XS: np.ndarray,
+    selected_XCS: np.ndarray,
     scale: float,
     out_XHV: np.ndarray,
     lse_XH: np.ndarray,
@@ -27,21 +29,22 @@ def attend(
     """out = softmax(scale * q k) v over the selected keys, -1 being none; 0 where there are none at all."""
     num_queries, num_heads, _ = q_XHE.shape
     sharing = num_heads // k_KGE.shape[1]
-    scores_HS = np.empty((num_heads, selected_XS.shape[1]), dtype=np.float32)
-    present_S = np.empty(selected_XS.shape[1], dtype=np.int64)
+    scores_JS = np.empty((sharing, selected_XCS.shape[2]), dtype=np.float32)
+    present_S = np.empty(selected_XCS.shape[2], dtype=np.int64)
+    selected = present_S[:0]
     for x in range(num_queries):
-        selected = present_S[: _present(selected_XS[x], present_S)]
         out_XHV[x] = np.float32(0.0)
-        if len(selected) == 0:
-            lse_XH[x] = np.float32(0.0)
-            continue
-        for h in range(0, num_heads, sharing):
-            group = h // sharing
-            heads = scores_HS[h : h + sharing]
-            _dots(q_XHE[x, h : h + sharing], k_KGE, group, selected, heads)
+        for group in range(k_KGE.shape[1]):
+            first, stop = group * sharing, (group + 1) * sharing
+            if group < selected_XCS.shape[1]:
+                selected = present_S[: _present(selected_XCS[x, group], present_S)]
+            if len(selected) == 0:
+                lse_XH[x, first:stop] = np.float32(0.0)
+                continue
+            _dots(q_XHE[x, first:stop], k_KGE, group, selected, scores_JS)
             for j in range(sharing):
-                lse_XH[x, h + j] = _softmax(heads[j], len(selected), scale)
-            _mix(heads, v_KGV, group, selected, out_XHV[x, h : h + sharing])
+                lse_XH[x, first + j] = _softmax(scores_JS[j], len(selected), scale)
+            _mix(scores_JS, v_KGV, group, selected, out_XHV[x, first:stop])
 
 
 @compiled
@@ -49,7 +52,7 @@ def attend_backward(
     q_XHE: np.ndarray,
     k_KGE: np.ndarray,
     v_KGV: np.ndarray,
-    selected_XS: np.ndarray,
+    selected_XCS: np.ndarray,
     scale: float,
     out_XHV: np.ndarray,
     lse_XH: np.ndarray,
@@ -66,12 +69,13 @@ def attend_backward(
     num_queries, num_heads, _ = q_XHE.shape
     sharing = num_heads // k_KGE.shape[1]
     first, stop = group * sharing, (group + 1) * sharing
-    weights_JS = np.empty((sharing, selected_XS.shape[1]), dtype=np.float32)
-    slopes_JS = np.empty((sharing, selected_XS.shape[1]), dtype=np.float32)
-    present_S = np.empty(selected_XS.shape[1], dtype=np.int64)
+    weights_JS = np.empty((sharing, selected_XCS.shape[2]), dtype=np.float32)
+    slopes_JS = np.empty((sharing, selected_XCS.shape[2]), dtype=np.float32)
+    present_S = np.empty(selected_XCS.shape[2], dtype=np.int64)
+    which = min(group, selected_XCS.shape[1] - 1)
     factor = np.float32(scale)
     for x in range(num_queries):
-        selected = present_S[: _present(selected_XS[x], present_S)]
+        selected = present_S[: _present(selected_XCS[x, which], present_S)]
         q_JE, grad_JV, grad_q_JE = q_XHE[x, first:stop], grad_XHV[x, first:stop], grad_q_XHE[x, first:stop]
         grad_q_JE[:] = np.float32(0.0)
         if len(selected) == 0:

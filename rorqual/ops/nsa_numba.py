@@ -16,5 +16,5 @@ def native_sparse_attention(
     q_RQHE: Tensor, branches: Branches, gates_RQH3: Tensor, position_RQ: Tensor, sizes: BlockSizes, scale: float
 ) -> Tensor:
     """`nsa.native_sparse_attention`: [R, Q, H, E]."""
-    attend = dsa_numba.sparse_attention
+    attend = dsa_numba.grouped_sparse_attention
     return nsa_tiled.native_sparse_attention(q_RQHE, branches, gates_RQH3, position_RQ, sizes, scale, attend)

@@ -23,10 +23,6 @@ WINDOW_TILE = 128
 """Least queries in a tile of the window branch."""
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
-"""`dsa.sparse_attention`, by whichever kernels."""
-
-
 def native_sparse_attention(
     q_RQHE: Tensor,
     branches: Branches,
@@ -34,14 +30,16 @@ def native_sparse_attention(
     position_RQ: Tensor,
     sizes: BlockSizes,
     scale: float,
-    attend: Attend = dsa_tiled.sparse_attention,
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor] | None = None,
 ) -> Tensor:
-    """`nsa.native_sparse_attention`: [R, Q, H, E]. attend: computes the selected branch."""
+    """`nsa.native_sparse_attention`: [R, Q, H, E]. attend: computes the selected branch instead of
+    `selected_attention`."""
+    attend = attend or selected_attention
     compressed = compressed_attention(q_RQHE, *branches[:2], position_RQ, sizes, scale)
     num_keys = branches.selected_k.shape[1]
     blocks_RQGS = choose_blocks(q_RQHE, branches.compressed_k, position_RQ, num_keys, sizes, scale)
     tokens_RQGP = nsa.block_tokens(blocks_RQGS, position_RQ, sizes)
-    selected = selected_attention(q_RQHE, *branches[2:4], tokens_RQGP, scale, attend)
+    selected = attend(q_RQHE, *branches[2:4], tokens_RQGP, scale)
     window = window_attention(q_RQHE, *branches[4:], position_RQ, sizes.window, scale)
     of_compressed, of_selected, of_window = gates_RQH3.unsqueeze(3).unbind(dim=-1)
     return of_compressed * compressed + of_selected * selected + of_window * window
@@ -80,15 +78,14 @@ def choose_blocks(
     return torch.cat(chosen, dim=1)
 
 
-def selected_attention(
-    q_RQHE: Tensor, k_RKGE: Tensor, v_RKGE: Tensor, tokens_RQGP: Tensor, scale: float, attend: Attend
-) -> Tensor:
+def selected_attention(q_RQHE: Tensor, k_RKGE: Tensor, v_RKGE: Tensor, tokens_RQGP: Tensor, scale: float) -> Tensor:
     """Over the tokens of the selected blocks, each group its own: [R, Q, H, E]."""
     groups = k_RKGE.shape[2]
     q_RQGJE, outputs = q_RQHE.unflatten(2, (groups, -1)), []
     for group in range(groups):
         k_RK1E, v_RK1E = k_RKGE[:, :, group : group + 1], v_RKGE[:, :, group : group + 1]
-        outputs.append(attend(q_RQGJE[:, :, group], k_RK1E, v_RK1E, tokens_RQGP[:, :, group], scale))
+        tokens_RQP = tokens_RQGP[:, :, group]
+        outputs.append(dsa_tiled.sparse_attention(q_RQGJE[:, :, group], k_RK1E, v_RK1E, tokens_RQP, scale))
     return torch.cat(outputs, dim=2)
 
 

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from rorqual.models import attention
 from rorqual.models.attention import GroupedQueryAttention, MultiHeadLatentAttention
-from rorqual.models.cache import CachedLayout, KVCache, cached_layout
+from rorqual.models.cache import CachedLayout, Column, KVCache, cached_layout
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import AttentionBlock, PackedLayout, causal_layout
 from rorqual.models.rope import Rotation
@@ -95,7 +95,7 @@ def test_one_query_against_cached_keys(lengths: list[int]) -> None:
     slots, kv_heads, sharing, head_dim, value_dim = [3, 0, 2], 2, 3, 6, 4
     q_RHE = torch.randn(3, kv_heads * sharing, head_dim, generator=generator, dtype=torch.float64)
     k_SCGE, v_SCGE = torch.randn(2, 4, 7, kv_heads, head_dim, generator=generator, dtype=torch.float64)
-    like = KVCache([(1,)], 4, 7, like=q_RHE)
+    like = KVCache([(Column(1),)], 4, 7, like=q_RHE)
     layout = cached_layout(slots, [length - 1 for length in lengths], 1, like)
     found_RHV = attention.attend_once(q_RHE, k_SCGE, v_SCGE, value_dim, layout, 0.3)
     for row, (slot, length) in enumerate(zip(slots, lengths, strict=True)):

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from rorqual.models.cache import KVCache, cached_layout
+from rorqual.models.cache import Column, KVCache, cached_layout
 from rorqual.models.decoder import Decoder
 
 
 def filled_cache(num_slots: int = 3, capacity: int = 5) -> KVCache:
-    cache = KVCache(widths=[(4, 2)] * 2, num_slots=num_slots, capacity=capacity, like=torch.zeros(1))
+    cache = KVCache([(Column(4), Column(2))] * 2, num_slots=num_slots, capacity=capacity, like=torch.zeros(1))
     for columns in cache.columns:
         for column in columns:
             column.copy_(torch.arange(column.numel()).view_as(column))

@@ -191,3 +191,22 @@ def test_workers_take_one_core_each_and_leave_the_setting_alone() -> None:
         assert (seen, torch.get_num_threads()) == ([1, 1, 1, 1], 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_cache_is_read_where_it_lies() -> None:
+    """A latent that is key and value at once, in a slot that has room for more tokens, is not copied."""
+    slot = random(2, 12, 1, 10).float()
+    keys, values = slot[:, :9], slot[:, :9, :, :6]
+    for rows, cached in ((dsa_numba._rows(keys[1]), slot[1]), (dsa_numba._rows(values[1]), slot[1])):
+        assert rows.base is not None and rows.__array_interface__["data"][0] == cached.data_ptr()
+    q, selected = random(2, 1, 4, 10, seed=1), torch.tensor([[[0, 3, 8]], [[2, 4, -1]]])
+    found = dsa_numba.sparse_attention(q.float(), keys, values, selected, 0.3)
+    assert error(found, dsa.sparse_attention(q, keys.double(), values.double(), selected, 0.3)) < BOUND
+
+
+def test_values_that_end_with_their_storage_are_copied_rather_than_read_past_it() -> None:
+    slot = random(1, 5, 1, 10).float()
+    q, selected = random(1, 2, 3, 10, seed=1), torch.tensor([[[0, 4], [1, 3]]])
+    values = slot[..., 4:]
+    found = dsa_numba.sparse_attention(q.float(), slot, values, selected, 0.3)
+    assert error(found, dsa.sparse_attention(q, slot.double(), values.double(), selected, 0.3)) < BOUND
