@@ -2,9 +2,8 @@
 are faster.
 
 The same functions as `dsa_tiled.py`. Index scores are a matrix product of torch, made in blocks that stay in a core's
-cache, ranked and selected from by `select_numba.py`; attention reads keys where they lie (`gathered_numba.py`). The
-indexer's loss and recall are those of `dsa_tiled.py`: they are matrix products and exponentials, which torch does well.
-bfloat16 is computed in float32.
+cache, ranked and selected from by `select_numba.py`; attention reads keys where they lie (`gathered_numba.py`), and so
+does the indexer's loss (`kl_numba.py`). bfloat16 is computed in float32.
 
 Shapes: as in `dsa.py`; X queries of a tile, P parts that add up keys' gradients apart.
 """
@@ -20,12 +19,11 @@ from torch import Tensor
 
 from rorqual.ops import dsa
 from rorqual.ops.compiled import array
-from rorqual.ops.dsa_tiled import attention_recall, indexer_kl, select_all
+from rorqual.ops.dsa_tiled import MainAttention, select_all
 from rorqual.ops.gathered_numba import attend, attend_backward
+from rorqual.ops.kl_numba import Gradients, Keys, Queries, indexer_kl_rows, recall_rows
 from rorqual.ops.select_numba import rank_scores, select_rows
 from rorqual.ops.workers import spread
-
-__all__ = ["attention_recall", "indexer_kl", "select_keys", "sparse_attention"]
 
 PRODUCT_ROWS = 64
 """Rows of the matrix product of a tile: queries times index heads."""
@@ -54,7 +52,7 @@ def select_keys(index: dsa.IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor 
         def work(task: tuple[int, int]) -> None:
             row, start = task
             tile = slice(start, start + width)
-            valid_K = np.empty(0, dtype=np.bool_) if key_valid_RK is None else array(key_valid_RK[row])
+            valid_K = _valid(key_valid_RK, row)
             last_X = array(last_RQ[row, tile])
             rank_XK = _ranks(q_RQIC[row, tile], k_RCK[row], array(weight_RQI[row, tile]), valid_K, last_X)
             select_rows(rank_XK, last_X, top_k, selected_RQS[row, tile].numpy())
@@ -150,3 +148,85 @@ def _rows(x_KGE: Tensor) -> np.ndarray:
     if x_KGE.is_contiguous() or x_KGE.shape[1] > 1 or x_KGE.stride(2) != 1 or pitch < 1 or behind < pitch * len(x_KGE):
         return array(x_KGE)
     return array(x_KGE.as_strided((len(x_KGE), 1, pitch), (pitch, pitch, 1)))
+
+
+def _valid(key_valid_RK: Tensor | None, row: int) -> np.ndarray:
+    """Which keys of a row are valid; empty where all are."""
+    return np.empty(0, dtype=np.bool_) if key_valid_RK is None else array(key_valid_RK[row])
+
+
+def indexer_kl(
+    main: MainAttention, index: dsa.IndexerOutput, row_weight_RQ: Tensor, selected_RQS: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`dsa_tiled.indexer_kl`: the loss, and KL and KL to uniform of each query [R, Q]."""
+    constants = main._replace(q=main.q.detach().float(), k=main.k.detach().float())
+    leaves = (index.q.float(), index.k.float(), index.weight.float())
+    loss, kl_RQ, uniform_RQ = _IndexerKL.apply(*leaves, constants, row_weight_RQ.float(), selected_RQS)
+    return loss, kl_RQ, uniform_RQ
+
+
+class _IndexerKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_RQIC: Tensor,
+        k_RKC: Tensor,
+        weight_RQI: Tensor,
+        main: MainAttention,
+        row_weight_RQ: Tensor,
+        selected_RQS: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, weight = q_RQIC.contiguous(), k_RKC.contiguous(), weight_RQI.contiguous()
+        grad_q, grad_weight = torch.empty_like(q), torch.empty_like(weight)
+        kl_RQ, uniform_RQ = torch.empty_like(row_weight_RQ), torch.empty_like(row_weight_RQ)
+        num_rows, num_queries = row_weight_RQ.shape
+        num_parts = -(-torch.get_num_threads() // num_rows)  # As in attention: no two tasks add to one key.
+        grad_k_P = k.new_zeros(num_parts, *k.shape)
+
+        def work(task: tuple[int, int]) -> None:
+            row, part = task
+            # Every so many queries are a part's, since later ones see more keys.
+            mine = slice(part, num_queries, num_parts)
+            queries = _queries(main, dsa.IndexerOutput(q, k, weight), row, mine)
+            keys = _keys(main, k, row)
+            selected = np.empty((0, 0), np.int64) if selected_RQS is None else array(selected_RQS[row, mine].long())
+            tile = [torch.empty_like(each[row, mine]).contiguous() for each in (grad_q, grad_weight, kl_RQ, uniform_RQ)]
+            gradients = Gradients(array(tile[0]), array(tile[1]), array(grad_k_P[part, row].unsqueeze(1)))
+            results = (gradients, array(tile[2]), array(tile[3]))
+            indexer_kl_rows(queries, keys, selected, main.scale, array(row_weight_RQ[row, mine]), *results)
+            for whole, part_of_it in zip((grad_q, grad_weight, kl_RQ, uniform_RQ), tile, strict=True):
+                whole[row, mine] = part_of_it
+
+        spread(work, [(row, part) for row in range(num_rows) for part in range(num_parts)])
+        ctx.save_for_backward(grad_q, grad_k_P.sum(dim=0), grad_weight)
+        ctx.mark_non_differentiable(kl_RQ, uniform_RQ)
+        return (kl_RQ * row_weight_RQ).sum(), kl_RQ, uniform_RQ
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        return *(gradient * grad_loss for gradient in ctx.saved_tensors), None, None, None
+
+
+@torch.no_grad()
+def attention_recall(main: MainAttention, index: dsa.IndexerOutput, top_k: int) -> Tensor:
+    """`dsa_tiled.attention_recall`: [R, Q]."""
+    constants = main._replace(q=main.q.float(), k=main.k.float())
+    rows = dsa.IndexerOutput(*(each.float().contiguous() for each in index))
+    recall_RQ = torch.empty(main.last_RQ.shape)
+
+    def work(task: tuple[int, slice]) -> None:
+        row, tile = task
+        inputs = (_queries(constants, rows, row, tile), _keys(constants, rows.k, row))
+        recall_rows(*inputs, main.scale, top_k, array(recall_RQ[row, tile]))
+
+    spread(work, list(_tasks(*main.last_RQ.shape)))
+    return recall_RQ
+
+
+def _queries(main: MainAttention, index: dsa.IndexerOutput, row: int, tile: slice) -> Queries:
+    own = (main.q[row, tile], index.q[row, tile], index.weight[row, tile], main.last_RQ[row, tile])
+    return Queries(*(array(each) for each in own))
+
+
+def _keys(main: MainAttention, index_k_RKC: Tensor, row: int) -> Keys:
+    return Keys(array(main.k[row]), array(index_k_RKC[row].unsqueeze(1)), _valid(main.key_valid_RK, row))

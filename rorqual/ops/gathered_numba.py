@@ -37,14 +37,14 @@ def attend(
         for group in range(k_KGE.shape[1]):
             first, stop = group * sharing, (group + 1) * sharing
             if group < selected_XCS.shape[1]:
-                selected = present_S[: _present(selected_XCS[x, group], present_S)]
+                selected = present_S[: present(selected_XCS[x, group], present_S)]
             if len(selected) == 0:
                 lse_XH[x, first:stop] = np.float32(0.0)
                 continue
-            _dots(q_XHE[x, first:stop], k_KGE, group, selected, scores_JS)
+            dots(q_XHE[x, first:stop], k_KGE, group, selected, scores_JS)
             for j in range(sharing):
-                lse_XH[x, first + j] = _softmax(scores_JS[j], len(selected), scale)
-            _mix(scores_JS, v_KGV, group, selected, out_XHV[x, first:stop])
+                lse_XH[x, first + j] = softmax(scores_JS[j], len(selected), scale)
+            mix(scores_JS, v_KGV, group, selected, out_XHV[x, first:stop])
 
 
 @compiled
@@ -75,13 +75,13 @@ def attend_backward(
     which = min(group, selected_XCS.shape[1] - 1)
     factor = np.float32(scale)
     for x in range(num_queries):
-        selected = present_S[: _present(selected_XCS[x, which], present_S)]
+        selected = present_S[: present(selected_XCS[x, which], present_S)]
         q_JE, grad_JV, grad_q_JE = q_XHE[x, first:stop], grad_XHV[x, first:stop], grad_q_XHE[x, first:stop]
         grad_q_JE[:] = np.float32(0.0)
         if len(selected) == 0:
             continue
-        _dots(q_JE, k_KGE, group, selected, weights_JS)
-        _dots(grad_JV, v_KGV, group, selected, slopes_JS)
+        dots(q_JE, k_KGE, group, selected, weights_JS)
+        dots(grad_JV, v_KGV, group, selected, slopes_JS)
         for j in range(sharing):
             lse, mean = lse_XH[x, first + j], np.float32(0.0)
             out, grad = out_XHV[x, first + j], grad_JV[j]
@@ -91,13 +91,13 @@ def attend_backward(
             for s in range(len(selected)):
                 weights[s] = exp(min(weights[s] * factor - lse, np.float32(0.5)))  # Never above 1 but by rounding.
                 slopes[s] = weights[s] * (slopes[s] - mean) * factor
-        _mix(slopes_JS, k_KGE, group, selected, grad_q_JE)
-        _add_outer(slopes_JS, q_JE, group, selected, grad_k_KGE)
-        _add_outer(weights_JS, grad_JV, group, selected, grad_v_KGV)
+        mix(slopes_JS, k_KGE, group, selected, grad_q_JE)
+        add_outer(slopes_JS, q_JE, group, selected, grad_k_KGE)
+        add_outer(weights_JS, grad_JV, group, selected, grad_v_KGV)
 
 
 @compiled
-def _present(selected_S: np.ndarray, present_S: np.ndarray) -> int:
+def present(selected_S: np.ndarray, present_S: np.ndarray) -> int:
     """Copies the keys that are there, and counts them."""
     count = 0
     for s in range(len(selected_S)):
@@ -107,7 +107,7 @@ def _present(selected_S: np.ndarray, present_S: np.ndarray) -> int:
 
 
 @compiled
-def _dots(q_JE: np.ndarray, keys_KGE: np.ndarray, group: int, selected: np.ndarray, out_JS: np.ndarray) -> None:
+def dots(q_JE: np.ndarray, keys_KGE: np.ndarray, group: int, selected: np.ndarray, out_JS: np.ndarray) -> None:
     """out = q . key: four keys and two heads at a time, eight sums that do not wait for one another."""
     sharing, width = q_JE.shape
     whole, zero = len(selected) // 4 * 4, np.float32(0.0)
@@ -141,7 +141,7 @@ def _dots(q_JE: np.ndarray, keys_KGE: np.ndarray, group: int, selected: np.ndarr
 
 
 @compiled
-def _softmax(scores_S: np.ndarray, length: int, scale: float) -> np.float32:
+def softmax(scores_S: np.ndarray, length: int, scale: float) -> np.float32:
     """Scores become weights; returns the log-sum-exp of the scaled scores."""
     factor = np.float32(scale)
     highest = scores_S[0] * factor
@@ -160,7 +160,7 @@ def _softmax(scores_S: np.ndarray, length: int, scale: float) -> np.float32:
 
 
 @compiled
-def _mix(weights_JS: np.ndarray, values_KGV: np.ndarray, group: int, selected: np.ndarray, out_JV: np.ndarray) -> None:
+def mix(weights_JS: np.ndarray, values_KGV: np.ndarray, group: int, selected: np.ndarray, out_JV: np.ndarray) -> None:
     """out += weights . values, four values and two heads at a time."""
     sharing, width = out_JV.shape
     whole = len(selected) // 4 * 4
@@ -191,7 +191,7 @@ def _mix(weights_JS: np.ndarray, values_KGV: np.ndarray, group: int, selected: n
 
 
 @compiled
-def _add_outer(
+def add_outer(
     weights_JS: np.ndarray, rows_JE: np.ndarray, group: int, selected: np.ndarray, total_KGE: np.ndarray
 ) -> None:
     """total[key] += sum over the heads of weight * row: a key is read and written once for every four heads."""

@@ -47,7 +47,7 @@ def rank_scores(
                 total[n] += weight * (zero if products[n] < zero else products[n])
         rank, bits = rank_XK[x, first : first + width], total.view(np.int32)
         for n in range(count):
-            rank[n] = _rank(bits[n])
+            rank[n] = to_rank(bits[n])
         for n in range(max(count, 0), width):
             rank[n] = np.uint32(0)
         if len(valid_K):
@@ -57,7 +57,7 @@ def rank_scores(
 
 
 @inlined
-def _rank(bits: np.int32) -> np.uint32:
+def to_rank(bits: np.int32) -> np.uint32:
     """Of a float32 by its bits. Equal for 0 and -0; the infinities rank as the largest numbers, NaN as the least."""
     size = bits & np.int32(0x7FFFFFFF)
     held = min(size, LARGEST)
@@ -76,7 +76,7 @@ def select_rows(rank_XK: np.ndarray, last_X: np.ndarray, top_k: int, selected_XS
         count = _candidates(rank_XK[x, : max(seen, 0)], top_k, bins, place_K, rank_K)
         least, room = np.uint32(0), top_k
         if count > top_k:
-            least, room = _kth_largest(rank_K[:count], top_k, bins)
+            least, room = kth_largest(rank_K[:count], top_k, bins)
         taken = 0
         for c in range(count):
             rank = rank_K[c]
@@ -110,7 +110,7 @@ def _candidates(rank_K: np.ndarray, top_k: int, bins: np.ndarray, place_K: np.nd
         for k in range(i * run, min(num_keys, (i + 1) * run)):
             best = max(best, rank_K[k])
         highest[i] = best
-    bound, _ = _kth_largest(highest, top_k, bins)
+    bound, _ = kth_largest(highest, top_k, bins)
     bound = max(bound, np.uint32(1))
     for i in range(num_runs):  # What is kept never overtakes the run maxima that are still to be read.
         if highest[i] >= bound:
@@ -122,7 +122,7 @@ def _candidates(rank_K: np.ndarray, top_k: int, bins: np.ndarray, place_K: np.nd
 
 
 @compiled
-def _kth_largest(rank_K: np.ndarray, k: int, bins: np.ndarray) -> tuple[np.uint32, int]:
+def kth_largest(rank_K: np.ndarray, k: int, bins: np.ndarray) -> tuple[np.uint32, int]:
     """The k-th largest number, and how many equal to it are among the first k: 11 bits at a time, from the top."""
     prefix, mask, room = np.uint32(0), np.uint32(0), k
     for shift in (21, 10, 0):

@@ -210,3 +210,59 @@ def test_values_that_end_with_their_storage_are_copied_rather_than_read_past_it(
     values = slot[..., 4:]
     found = dsa_numba.sparse_attention(q.float(), slot, values, selected, 0.3)
     assert error(found, dsa.sparse_attention(q, slot.double(), values.double(), selected, 0.3)) < BOUND
+
+
+@pytest.mark.parametrize("top_k", [None, 3, 50])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_indexers_loss_and_its_gradients_equal_the_twins(groups: int, top_k: int | None, cores: int) -> None:
+    rows, queries, keys = 2, 17, 21
+    last = torch.arange(keys - queries, keys).expand(rows, -1)
+    valid = torch.ones(rows, keys, dtype=torch.bool)
+    valid[1, 1:4] = False
+    q, k = random(rows, queries, 6, 20), random(rows, keys, groups, 20, seed=1)
+    index = [random(rows, queries, 3, 6, seed=2), random(rows, keys, 6, seed=3), random(rows, queries, 3, seed=4)]
+    weight = random(rows, queries, seed=5)
+    everything = dsa_tiled.select_all(last, keys, valid)
+    selected = everything if top_k is None else twin_selection(dsa.IndexerOutput(*index), last, valid, top_k)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaves = [each.to(dtype).requires_grad_() for each in index]
+        if dtype == torch.float64:
+            scores = dsa.index_scores(*leaves)
+            kl, uniform = dsa.indexer_kl(q, k, 0.3, scores, selected)
+            loss = (kl * weight).sum()
+        else:
+            main = dsa_tiled.MainAttention(q.float(), k.float(), 0.3, last, valid)
+            given = None if top_k is None else selected
+            loss, kl, uniform = dsa_numba.indexer_kl(main, dsa.IndexerOutput(*leaves), weight.float(), given)
+        results.append([loss, kl, uniform, *torch.autograd.grad(loss * 1.7, leaves)])
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert error(found, expected) < BOUND
+
+
+def test_a_query_that_sees_no_key_adds_nothing_to_the_indexers_loss() -> None:
+    main = dsa_tiled.MainAttention(
+        random(1, 2, 2, 4).float(),
+        random(1, 3, 1, 4).float(),
+        0.5,
+        torch.tensor([[1, 2]]),
+        torch.tensor([[False, False, True]]),
+    )
+    leaves = [each.float().requires_grad_() for each in (random(1, 2, 2, 4), random(1, 3, 4), random(1, 2, 2))]
+    loss, kl, uniform = dsa_numba.indexer_kl(main, dsa.IndexerOutput(*leaves), torch.ones(1, 2))
+    loss.backward()
+    assert kl.tolist() == [[0.0, 0.0]] and uniform.tolist() == [[0.0, 0.0]]  # Of one key there is nothing to predict.
+    assert all(not each.grad.any() for each in leaves)
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 30])
+def test_recall_equals_the_tiled_form(top_k: int, cores: int) -> None:
+    last = torch.arange(4, 21).expand(2, -1)
+    valid = torch.ones(2, 21, dtype=torch.bool)
+    valid[1, 1:4] = False
+    main = dsa_tiled.MainAttention(random(2, 17, 6, 8), random(2, 21, 2, 8, seed=1), 0.3, last, valid)
+    index = dsa.IndexerOutput(random(2, 17, 3, 6, seed=2), random(2, 21, 6, seed=3), random(2, 17, 3, seed=4))
+    expected = dsa_tiled.attention_recall(main, index, top_k)
+    single = main._replace(q=main.q.float(), k=main.k.float())
+    found = dsa_numba.attention_recall(single, dsa.IndexerOutput(*(each.float() for each in index)), top_k)
+    assert error(found, expected) < BOUND
