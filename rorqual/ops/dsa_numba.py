@@ -10,7 +10,7 @@ Shapes: as in `dsa.py`; X queries of a tile, P parts that add up keys' gradients
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -41,27 +41,41 @@ def select_keys(index: dsa.IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor 
     """
     if top_k < 1:
         raise ValueError(f"top_k = {top_k}; at least one key must be selected.")
-    num_rows, num_keys = index.k.shape[:2]
+    num_keys = index.k.shape[1]
     if num_keys <= top_k:
         return select_all(last_RQ, num_keys, key_valid_RK)
     with torch.no_grad():
-        q_RQIC, k_RCK, weight_RQI = index.q.float(), index.k.transpose(1, 2), index.weight.float().contiguous()
         selected_RQS = torch.empty(*last_RQ.shape, top_k, dtype=torch.int64)
-        width = max(1, PRODUCT_ROWS // q_RQIC.shape[2])
 
-        def work(task: tuple[int, int]) -> None:
-            row, start = task
-            tile = slice(start, start + width)
-            valid_K = _valid(key_valid_RK, row)
-            last_X = array(last_RQ[row, tile])
-            rank_XK = _ranks(q_RQIC[row, tile], k_RCK[row], array(weight_RQI[row, tile]), valid_K, last_X)
-            select_rows(rank_XK, last_X, top_k, selected_RQS[row, tile].numpy())
+        def select(row: int, tile: slice, rank_XK: np.ndarray) -> None:
+            select_rows(rank_XK, array(last_RQ[row, tile]), top_k, selected_RQS[row, tile].numpy())
 
-        spread(work, [(row, start) for row in range(num_rows) for start in range(0, last_RQ.shape[1], width)])
+        for_each_tile_of_ranks(index, last_RQ, key_valid_RK, select)
     return selected_RQS
 
 
-def _ranks(q_XIC: Tensor, k_CK: Tensor, weight_XI: np.ndarray, valid_K: np.ndarray, last_X: np.ndarray) -> np.ndarray:
+def for_each_tile_of_ranks(
+    index: dsa.IndexerOutput,
+    last_RQ: Tensor,
+    key_valid_RK: Tensor | None,
+    use: Callable[[int, slice, np.ndarray], object],
+) -> None:
+    """Call `use` with a row, a tile of its queries, and their ranks of the row's keys, uint32 [X, K]; on all cores."""
+    q_RQIC, k_RCK, weight_RQI = index.q.float(), index.k.transpose(1, 2), index.weight.float().contiguous()
+    width = max(1, PRODUCT_ROWS // q_RQIC.shape[2])
+
+    def work(task: tuple[int, slice]) -> None:
+        row, tile = task
+        valid_K, last_X = _valid(key_valid_RK, row), array(last_RQ[row, tile])
+        use(row, tile, rank_keys(q_RQIC[row, tile], k_RCK[row], array(weight_RQI[row, tile]), valid_K, last_X))
+
+    num_rows, num_queries = last_RQ.shape
+    spread(work, list(_tasks(num_rows, num_queries, width)))
+
+
+def rank_keys(
+    q_XIC: Tensor, k_CK: Tensor, weight_XI: np.ndarray, valid_K: np.ndarray, last_X: np.ndarray
+) -> np.ndarray:
     """Ranks of the keys that some query of a tile sees: uint32 [X, keys up to the last one]."""
     seen, (num_queries, num_heads, _) = int(last_X.max()) + 1, q_XIC.shape
     rank_XK = np.empty((num_queries, seen), dtype=np.uint32)
@@ -134,10 +148,10 @@ class _SparseAttention(torch.autograd.Function):
         return grad_q, grad_k_P.sum(dim=0), grad_v_P.sum(dim=0), None, None
 
 
-def _tasks(num_rows: int, num_queries: int) -> Iterator[tuple[int, slice]]:
+def _tasks(num_rows: int, num_queries: int, width: int = QUERIES_PER_TASK) -> Iterator[tuple[int, slice]]:
     for row in range(num_rows):
-        for start in range(0, num_queries, QUERIES_PER_TASK):
-            yield row, slice(start, start + QUERIES_PER_TASK)
+        for start in range(0, num_queries, width):
+            yield row, slice(start, start + width)
 
 
 def _rows(x_KGE: Tensor) -> np.ndarray:
