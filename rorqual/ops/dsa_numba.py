@@ -20,7 +20,7 @@ from torch import Tensor
 from rorqual.ops import dsa
 from rorqual.ops.compiled import array
 from rorqual.ops.dsa_tiled import MainAttention, select_all
-from rorqual.ops.gathered_numba import attend, attend_backward
+from rorqual.ops.gathered_numba import attend, attend_backward, dots
 from rorqual.ops.kl_numba import Gradients, Keys, Queries, indexer_kl_rows, recall_rows
 from rorqual.ops.select_numba import rank_scores, select_rows
 from rorqual.ops.workers import spread
@@ -32,6 +32,8 @@ PRODUCT_KEYS = 1024
 """Its columns: 256 KB of products in float32, which a core's second-level cache holds."""
 
 QUERIES_PER_TASK = 64
+
+IN_ORDER = np.arange(PRODUCT_KEYS)
 
 
 def select_keys(index: dsa.IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor | None, top_k: int) -> Tensor:
@@ -61,20 +63,20 @@ def for_each_tile_of_ranks(
     use: Callable[[int, slice, np.ndarray], object],
 ) -> None:
     """Call `use` with a row, a tile of its queries, and their ranks of the row's keys, uint32 [X, K]; on all cores."""
-    q_RQIC, k_RCK, weight_RQI = index.q.float(), index.k.transpose(1, 2), index.weight.float().contiguous()
+    q_RQIC, weight_RQI = index.q.float(), index.weight.float().contiguous()
     width = max(1, PRODUCT_ROWS // q_RQIC.shape[2])
 
     def work(task: tuple[int, slice]) -> None:
         row, tile = task
         valid_K, last_X = _valid(key_valid_RK, row), array(last_RQ[row, tile])
-        use(row, tile, rank_keys(q_RQIC[row, tile], k_RCK[row], array(weight_RQI[row, tile]), valid_K, last_X))
+        use(row, tile, rank_keys(q_RQIC[row, tile], index.k[row], array(weight_RQI[row, tile]), valid_K, last_X))
 
     num_rows, num_queries = last_RQ.shape
     spread(work, list(_tasks(num_rows, num_queries, width)))
 
 
 def rank_keys(
-    q_XIC: Tensor, k_CK: Tensor, weight_XI: np.ndarray, valid_K: np.ndarray, last_X: np.ndarray
+    q_XIC: Tensor, k_KC: Tensor, weight_XI: np.ndarray, valid_K: np.ndarray, last_X: np.ndarray
 ) -> np.ndarray:
     """Ranks of the keys that some query of a tile sees: uint32 [X, keys up to the last one]."""
     seen, (num_queries, num_heads, _) = int(last_X.max()) + 1, q_XIC.shape
@@ -82,9 +84,12 @@ def rank_keys(
     total_N = np.empty(PRODUCT_KEYS, dtype=np.float32)
     products = torch.empty(num_queries * num_heads * PRODUCT_KEYS)
     for first in range(0, seen, PRODUCT_KEYS):
-        keys_CN = k_CK[:, first : min(first + PRODUCT_KEYS, seen)].float()
-        products_WN = products[: num_queries * num_heads * keys_CN.shape[1]].view(-1, keys_CN.shape[1])
-        torch.mm(q_XIC.flatten(0, 1), keys_CN, out=products_WN)
+        keys_NC = k_KC[first : min(first + PRODUCT_KEYS, seen)].float()
+        products_WN = products[: num_queries * num_heads * len(keys_NC)].view(-1, len(keys_NC))
+        if num_queries == 1:  # A product so flat is slow in torch.
+            dots(array(q_XIC[0]), array(keys_NC.unsqueeze(1)), 0, IN_ORDER[: len(keys_NC)], products_WN.numpy())
+        else:
+            torch.mm(q_XIC.flatten(0, 1), keys_NC.T, out=products_WN)
         products_XIN = products_WN.view(num_queries, num_heads, -1).numpy()
         rank_scores(products_XIN, weight_XI, valid_K, last_X, first, total_N, rank_XK)
     return rank_XK
