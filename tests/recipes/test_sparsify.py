@@ -19,7 +19,8 @@ from rorqual.models.decoder import Decoder
 from rorqual.models.layout import causal_layout
 from rorqual.recipes import sparsify, stage
 from rorqual.recipes.progress import SilentProgress
-from rorqual.recipes.sparsify import SparsifyConfig, TextStageConfig
+from rorqual.recipes.sparsify import SparsifyConfig
+from rorqual.recipes.text_stage import TextStageConfig
 from rorqual.store.run import Run
 from rorqual.text.corpus import Sequences, TextConfig
 from rorqual.text.tokenizer import train_tokenizer
