@@ -30,7 +30,7 @@ function drawMaps() {
     `One held-out document of ${maps.num_tokens.toLocaleString("en")} tokens: queries run down, keys across, and a cell is about ` +
     `${width} by ${width} tokens. Left, where dense attention looks: the share of it, averaged over heads, that falls on the keys of ` +
     "a cell; a row adds up to 100%. Right, what the indexer selects: of the pairs of query and key in a cell, the share that is " +
-    `selected; a query selects ${maps.top_k.toLocaleString("en")} keys. Where the left map is dark, the right one should be. Above ` +
+    `selected; a query selects ${maps.top_k.toLocaleString("en")} keys. Where the left map is strong, the right one should be. Above ` +
     "the dashed line a query sees no more keys than that, and selects them all." +
     (left_out ? ` ${maps.layers.length} of ${maps.num_layers} layers are shown.` : "");
   byId("selection-maps").replaceChildren(...maps.layers.map((layer) => layerFigure(maps, layer)));
@@ -68,9 +68,10 @@ function drawMap(canvas, colours) {
     pen.fillRect(CELL * j, CELL * i, CELL, CELL);
   }));
   if (maps.top_k >= maps.num_tokens) return;
-  const y = Math.round((size * maps.top_k) / maps.num_tokens) + 0.5;
+  const y = Math.round((size * maps.top_k) / maps.num_tokens);
   pen.strokeStyle = style("--second");
-  pen.setLineDash([6, 5]);
+  pen.lineWidth = 2;
+  pen.setLineDash([7, 5]);
   pen.beginPath();
   pen.moveTo(0, y);
   pen.lineTo(size, y);
