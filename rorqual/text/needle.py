@@ -1,7 +1,7 @@
 """A needle in real text: a line `KEY = VALUE` somewhere in a document whose end asks for the value again.
 
-    ... text ...  |KEY_qzt = 4821|  ... text ...  KEY_qzt = 4821
-                   at its depth                   the question, and behind it the answer
+    ... text ...  KEY_qzt = 4821  ... text ...  KEY_qzt = 4821
+                  the needle, at its depth      the question, and behind it the answer
 
 A model that attends to all its text finds it at any depth; what a selection of keys loses shows as a depth at which the
 answer goes wrong. A small model learns the task only from such documents, so they can be mixed into what it trains on.
@@ -13,6 +13,7 @@ Shapes: L length of a document.
 from __future__ import annotations
 
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,15 +29,17 @@ MEASURED: Stream = 1
 
 
 class NeedleConfig(Record):
-    """share: of the training sequences that hold a needle, at a random depth. answer_weight: of the answer's tokens in
-    the loss of these, 1 for all others; a value is a few tokens among thousands. key_letters and value_digits: how long
-    both are.
+    """share: of the training sequences that hold needles, `needles_per_document` of them at random depths, all asked
+    for at the end in another order. answer_weight: of the answers' tokens in the loss of these, 1 for all others; a
+    value is a few tokens among thousands. key_letters and value_digits: how long both are.
 
-    documents_per_depth: how many are measured at each of `depths`, in percent of the text; 0 measures none.
+    documents_per_depth: how many are measured at each of `depths`, in percent of the text, with one needle each; 0
+    measures none.
     Raises: ValueError naming the field that is out of range.
     """
 
     share: float = 0.0
+    needles_per_document: int = 1
     answer_weight: float = 1.0
     key_letters: int = 3
     value_digits: int = 4
@@ -46,6 +49,7 @@ class NeedleConfig(Record):
     def __post_init__(self) -> None:
         valid = {
             "share": 0.0 <= self.share <= 1.0,
+            "needles_per_document": self.needles_per_document >= 1,
             "answer_weight": self.answer_weight > 0.0,
             "key_letters": self.key_letters >= 1,
             "value_digits": self.value_digits >= 1,
@@ -59,54 +63,65 @@ class NeedleConfig(Record):
 
 @dataclass(frozen=True)
 class NeedleDocument:
-    """ids: all tokens, [L]. num_answer: so many of them, at the end, are the value that is asked for."""
+    """ids: all tokens, [L]. answer: True at those of a value that is asked for, [L]."""
 
     ids: np.ndarray
-    num_answer: int
+    answer: np.ndarray
 
     def weights(self, of_text: float, of_answer: float) -> np.ndarray:
         """One for each token: [L]."""
-        weights = np.full(len(self.ids), of_text, dtype=np.float32)
-        weights[-self.num_answer :] = of_answer
-        return weights
+        return np.where(self.answer, of_answer, of_text).astype(np.float32)
 
 
 class Needles:
-    """Documents with a needle, as long as the text that they are made from."""
+    """Documents with needles, as long as the text that they are made from."""
 
     def __init__(self, config: NeedleConfig, tokenizer: Tokenizer, seed: int) -> None:
         self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self._break, self._equals = (tokenizer.encode(text) for text in ("\n", " = "))
+        self._break, self._equals = (list(tokenizer.encode(text)) for text in ("\n", " = "))
 
     def chosen(self, index: int) -> bool:
-        """Whether the training sequence at `index` holds a needle."""
+        """Whether the training sequence at `index` holds needles."""
         return self.config.share > 0.0 and self._dice(TRAINING, index).random() < self.config.share
 
     def training(self, text: np.ndarray, index: int) -> NeedleDocument:
-        """A document of the training sequence at `index`, the needle at a random depth."""
+        """A document of the training sequence at `index`, the needles at random depths."""
         dice = self._dice(TRAINING, index)
         dice.random()  # The draw that chose it.
-        return self._document(text, float(dice.random()), dice)
+        return self._document(text, dice.random(self.config.needles_per_document), dice)
 
     def measured(self, text: np.ndarray, index: int, depth: int) -> NeedleDocument:
         """A document to be measured; depth: in percent of the text in front of the question."""
-        return self._document(text, depth / 100, self._dice(MEASURED, index))
+        return self._document(text, np.array([depth / 100]), self._dice(MEASURED, index))
 
-    def _document(self, text: np.ndarray, depth: float, dice: np.random.Generator) -> NeedleDocument:
-        """Raises: ValueError for a text too short to hold needle and question."""
-        key = "KEY_" + "".join(dice.choice(list(string.ascii_lowercase), self.config.key_letters))
-        value = self.tokenizer.encode("".join(dice.choice(list(string.digits), self.config.value_digits)))
-        asked = np.array([*self._break, *self.tokenizer.encode(key), *self._equals, *value], dtype=np.int32)
-        needle = np.concatenate((asked, np.array(self._break, dtype=np.int32)))
-        room = len(text) - len(needle) - len(asked)
+    def _document(self, text: np.ndarray, depths: np.ndarray, dice: np.random.Generator) -> NeedleDocument:
+        """Raises: ValueError for a text too short to hold needles and questions."""
+        lines = [self._line(dice) for _ in depths]
+        taken = sum(2 * len(key) + 2 * len(value) + len(self._break) for key, value in lines)
+        room = len(text) - taken
         if room < 0:
             raise ValueError(
-                f"A text of {len(text)} tokens cannot hold a needle of {len(needle)} and a question of {len(asked)}; "
-                "raise sequence_length, or lower needle.key_letters and needle.value_digits."
+                f"A text of {len(text)} tokens cannot hold {len(lines)} needles with their questions, which take "
+                f"{taken}; raise sequence_length, or lower needle.needles_per_document and its lengths."
             )
-        place = round(depth * room)
-        ids = np.concatenate((text[:place], needle, text[place:room], asked)).astype(np.int32)
-        return NeedleDocument(ids, len(value))
+        parts: list[tuple[Sequence[int] | np.ndarray, bool]] = []
+        before = 0
+        for depth, (key, value) in sorted(zip(depths.tolist(), lines, strict=True)):
+            place = round(depth * room)
+            parts += [(text[before:place], False), ([*key, *value, *self._break], False)]
+            before = place
+        parts.append((text[before:room], False))
+        for number in dice.permutation(len(lines)):
+            key, value = lines[number]
+            parts += [(key, False), (value, True)]
+        ids = np.concatenate([np.asarray(part, dtype=np.int32) for part, _ in parts])
+        return NeedleDocument(ids, np.repeat([asked for _, asked in parts], [len(part) for part, _ in parts]))
+
+    def _line(self, dice: np.random.Generator) -> tuple[list[int], list[int]]:
+        """Tokens of a line up to its value, a line break in front, and of the value."""
+        key = "KEY_" + "".join(dice.choice(list(string.ascii_lowercase), self.config.key_letters))
+        value = "".join(dice.choice(list(string.digits), self.config.value_digits))
+        return [*self._break, *self.tokenizer.encode(key), *self._equals], list(self.tokenizer.encode(value))
 
     def _dice(self, stream: Stream, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, stream, index))

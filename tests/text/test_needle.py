@@ -33,7 +33,8 @@ def test_a_document_is_its_text_with_the_line_at_its_depth_and_the_question_at_t
     whole = tokenizer.decode(document.ids.tolist())
     (line,) = set(re.findall(r"KEY_[a-z]{5} = [0-9]{6}", whole))
     assert whole.count(line) == 2 and whole.endswith(f"\n{line}")
-    assert tokenizer.decode(document.ids[-document.num_answer :].tolist()) == line[-6:]
+    assert np.flatnonzero(document.answer).tolist() == list(range(len(text) - 6, len(text)))
+    assert tokenizer.decode(document.ids[document.answer].tolist()) == line[-6:]
     needle = np.array(tokenizer.encode(f"\n{line}\n"))
     place = next(i for i in range(len(text)) if np.array_equal(document.ids[i : i + len(needle)], needle))
     room = len(text) - 2 * len(needle) + 1
@@ -66,15 +67,30 @@ def test_training_needles_lie_at_every_depth(tokenizer: Tokenizer, text: np.ndar
     assert histogram.min() > 25
 
 
+def test_many_needles_are_all_asked_for_in_another_order(tokenizer: Tokenizer, text: np.ndarray) -> None:
+    config = NeedleConfig(share=1.0, needles_per_document=8)
+    document = Needles(config, tokenizer, seed=0).training(text, 0)
+    assert len(document.ids) == len(text)
+    whole = tokenizer.decode(document.ids.tolist())
+    found = re.findall(r"KEY_[a-z]{3} = [0-9]{4}", whole)
+    lines, questions = found[:8], found[8:]
+    assert sorted(questions) == sorted(lines) and questions != lines
+    assert whole.endswith("".join(f"\n{question}" for question in questions))
+    assert tokenizer.decode(document.ids[document.answer].tolist()) == "".join(each[-4:] for each in questions)
+    places = [whole.index(line) for line in lines]
+    assert places[-1] - places[0] > len(whole) / 3, "they lie apart"
+
+
 def test_weights_are_of_the_answer_alone_or_of_it_more(tokenizer: Tokenizer, text: np.ndarray) -> None:
     document = Needles(NeedleConfig(value_digits=4), tokenizer, seed=0).measured(text, 0, 10)
-    weights = document.weights(of_text=0.0, of_answer=1.0)
-    assert document.num_answer == 4 and np.flatnonzero(weights).tolist() == list(range(len(text) - 4, len(text)))
+    assert np.flatnonzero(document.weights(of_text=0.0, of_answer=1.0)).tolist() == list(
+        range(len(text) - 4, len(text))
+    )
     assert set(document.weights(1.0, 20.0)[:-4]) == {1.0} and set(document.weights(1.0, 20.0)[-4:]) == {20.0}
 
 
 def test_a_text_too_short_is_refused(tokenizer: Tokenizer, text: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="cannot hold a needle"):
+    with pytest.raises(ValueError, match="cannot hold 1 needles"):
         Needles(NeedleConfig(), tokenizer, 0).measured(text[:12], 0, 50)
 
 
@@ -82,6 +98,7 @@ def test_a_text_too_short_is_refused(tokenizer: Tokenizer, text: np.ndarray) -> 
     ("field", "value"),
     [
         ("share", 1.5),
+        ("needles_per_document", 0),
         ("answer_weight", 0.0),
         ("key_letters", 0),
         ("value_digits", 0),
