@@ -43,14 +43,17 @@ DENSE_GATE = 0.01
 
 @dataclass(frozen=True)
 class Size:
-    """What `--small` makes less of. steps: of pre-training, warm-up and sparse training."""
+    """What `--small` makes less of. steps: of pre-training, warm-up and sparse training. needles: in a document that is
+    trained on, half of all."""
 
     model: ModelConfig
     length: int
     nsa: NSAConfig
     steps: tuple[int, int, int]
     sequences_per_step: int
+    text: TextConfig
     evaluation_sequences: int
+    needles: int
     needles_per_depth: int
 
 
@@ -58,10 +61,10 @@ FULL = Size(
     model=ModelConfig(
         family="qwen3",
         vocab_size=1024,
-        hidden_size=192,
-        intermediate_size=512,
-        num_layers=6,
-        num_heads=6,
+        hidden_size=256,
+        intermediate_size=704,
+        num_layers=4,
+        num_heads=8,
         num_kv_heads=2,
         head_dim=32,
         context_window=2048,
@@ -71,11 +74,13 @@ FULL = Size(
     ),
     length=2048,
     nsa=NSAConfig(
-        block_length=8, block_stride=4, selected_length=16, num_selected=16, window=128, compressor_size=64
-    ),  # A quarter of the paper's, as 2,048 is of the 8,192 that it trains at.
-    steps=(800, 100, 150),
-    sequences_per_step=4,
+        block_length=16, block_stride=8, selected_length=16, num_selected=8, window=64, compressor_size=64
+    ),  # It selects 128 tokens, as DSA does here.
+    steps=(600, 100, 100),
+    sequences_per_step=2,
+    text=TextConfig(max_bytes=0),
     evaluation_sequences=32,
+    needles=12,
     needles_per_depth=20,
 )
 
@@ -84,22 +89,25 @@ SMALL = Size(
         FULL.model, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=2, num_kv_heads=1, vocab_size=512
     ),
     length=512,
-    nsa=msgspec.structs.replace(FULL.nsa, num_selected=8, window=32, compressor_size=16),
+    nsa=msgspec.structs.replace(FULL.nsa, num_selected=4, num_local=1, window=32, compressor_size=16),
     steps=(20, 10, 10),
     sequences_per_step=2,
+    text=TextConfig(max_bytes=2_000_000),
     evaluation_sequences=4,
+    needles=4,
     needles_per_depth=2,
 )
 
 
-def stage(size: Size, num_steps: int, learning_rate: float, schedule: str = "cosine") -> TextStageConfig:
-    optimizer = {"learning_rate": learning_rate, "schedule": schedule, "warmup_steps": max(2, num_steps // 20)}
+def stage(size: Size, num_steps: int, learning_rate: float) -> TextStageConfig:
     return TextStageConfig(
         num_steps=num_steps,
         sequences_per_step=size.sequences_per_step,
         token_budget=size.sequences_per_step * size.length,
         checkpoint_every_steps=50,
-        optimizer=msgspec.convert({**optimizer, "total_steps": num_steps}, OptimizerConfig),
+        optimizer=OptimizerConfig(
+            learning_rate=learning_rate, schedule="cosine", warmup_steps=num_steps // 20, total_steps=num_steps
+        ),
     )
 
 
@@ -109,9 +117,12 @@ def common_settings(size: Size, threads: int) -> dict[str, Any]:
         "num_threads": threads,
         "sequence_length": size.length,
         "evaluation_sequences": size.evaluation_sequences,
-        "text": TextConfig(max_bytes=0 if size is FULL else 2_000_000),
+        "text": size.text,
         "needle": NeedleConfig(
-            share=0.5, answer_weight=20.0, value_digits=4, documents_per_depth=size.needles_per_depth
+            share=0.5,
+            needles_per_document=size.needles,
+            answer_weight=10.0,
+            documents_per_depth=size.needles_per_depth,
         ),
         "pretrain": stage(size, size.steps[0], 3e-3),
     }
