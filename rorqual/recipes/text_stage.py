@@ -185,7 +185,7 @@ class TextBench:
         self.run.append_metrics(name, 1, {**found.metrics(), **needle_metrics(accuracy)})
         self.progress.say(f"{label}: {found.summary()}")
         if accuracy:
-            by_depth = ", ".join(f"{each:.0%} at {depth} %" for depth, each in accuracy.items())
+            by_depth = ", ".join(f"{each:.0%} at {depth}%" for depth, each in accuracy.items())
             self.progress.say(f"{label}: needles recalled by depth: {by_depth}")
         return found
 

@@ -1,7 +1,9 @@
 """A needle in real text: a line `KEY = VALUE` somewhere in a document whose end asks for the value again.
 
-    ... text ...  KEY_qzt = 4821  ... text ...  KEY_qzt = 4821
-                  the needle, at its depth      the question, and behind it the answer
+    ... text ...  north copy = run blue if  ... text ...  north copy = run blue if
+                  the needle, at its depth                the question, and behind it the answer
+
+Key and value are random words of the tokenizer, one token each, so that a value cannot be guessed.
 
 A model that attends to all its text finds it at any depth; what a selection of keys loses shows as a depth at which the
 answer goes wrong. A small model learns the task only from such documents, so they can be mixed into what it trains on.
@@ -12,7 +14,7 @@ Shapes: L length of a document.
 
 from __future__ import annotations
 
-import string
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,11 +29,13 @@ Stream = int
 TRAINING: Stream = 0
 MEASURED: Stream = 1
 
+WORD = re.compile(" ?[A-Za-z]+")
+
 
 class NeedleConfig(Record):
     """share: of the training sequences that hold needles, `needles_per_document` of them at random depths, all asked
     for at the end in another order. answer_weight: of the answers' tokens in the loss of these, 1 for all others; a
-    value is a few tokens among thousands. key_letters and value_digits: how long both are.
+    value is a few tokens among thousands. key_tokens and value_tokens: how long both are.
 
     documents_per_depth: how many are measured at each of `depths`, in percent of the text, with one needle each; 0
     measures none.
@@ -41,8 +45,8 @@ class NeedleConfig(Record):
     share: float = 0.0
     needles_per_document: int = 1
     answer_weight: float = 1.0
-    key_letters: int = 3
-    value_digits: int = 4
+    key_tokens: int = 2
+    value_tokens: int = 3
     documents_per_depth: int = 0
     depths: tuple[int, ...] = (0, 25, 50, 75, 100)
 
@@ -51,8 +55,8 @@ class NeedleConfig(Record):
             "share": 0.0 <= self.share <= 1.0,
             "needles_per_document": self.needles_per_document >= 1,
             "answer_weight": self.answer_weight > 0.0,
-            "key_letters": self.key_letters >= 1,
-            "value_digits": self.value_digits >= 1,
+            "key_tokens": self.key_tokens >= 1,
+            "value_tokens": self.value_tokens >= 1,
             "documents_per_depth": self.documents_per_depth >= 0,
             "depths": len(set(self.depths)) == len(self.depths) and all(0 <= depth <= 100 for depth in self.depths),
         }
@@ -77,8 +81,10 @@ class Needles:
     """Documents with needles, as long as the text that they are made from."""
 
     def __init__(self, config: NeedleConfig, tokenizer: Tokenizer, seed: int) -> None:
-        self.config, self.tokenizer, self.seed = config, tokenizer, seed
-        self._break, self._equals = (list(tokenizer.encode(text)) for text in ("\n", " = "))
+        self.config, self.seed = config, seed
+        self._break, self._equals = (list(tokenizer.encode(text)) for text in ("\n", " ="))
+        wanted = config.share > 0.0 or config.documents_per_depth > 0
+        self._words = words_of(tokenizer) if wanted else np.empty(0, dtype=np.int32)
 
     def chosen(self, index: int) -> bool:
         """Whether the training sequence at `index` holds needles."""
@@ -119,9 +125,20 @@ class Needles:
 
     def _line(self, dice: np.random.Generator) -> tuple[list[int], list[int]]:
         """Tokens of a line up to its value, a line break in front, and of the value."""
-        key = "KEY_" + "".join(dice.choice(list(string.ascii_lowercase), self.config.key_letters))
-        value = "".join(dice.choice(list(string.digits), self.config.value_digits))
-        return [*self._break, *self.tokenizer.encode(key), *self._equals], list(self.tokenizer.encode(value))
+        key = dice.choice(self._words, self.config.key_tokens)
+        value = dice.choice(self._words, self.config.value_tokens)
+        return [*self._break, *key.tolist(), *self._equals], value.tolist()
 
     def _dice(self, stream: Stream, index: int) -> np.random.Generator:
         return np.random.default_rng((self.seed, stream, index))
+
+
+def words_of(tokenizer: Tokenizer) -> np.ndarray:
+    """The tokens that are a word: letters of the Latin alphabet, a space in front or none; ascending.
+
+    Raises: ValueError for a tokenizer without two of them.
+    """
+    found = [index for index in range(tokenizer.vocab_size) if WORD.fullmatch(tokenizer.decode([index]))]
+    if len(found) < 2:
+        raise ValueError(f"The tokenizer has {len(found)} tokens that are words; needles need two at least.")
+    return np.array(found, dtype=np.int32)

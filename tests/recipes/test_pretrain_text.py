@@ -53,7 +53,7 @@ def settings(texts: Path) -> dict[str, Any]:
         "text": TextConfig(paths=(str(texts),), held_out_share=0.3),
         "sequence_length": 48,
         "evaluation_sequences": 4,
-        "needle": NeedleConfig(share=0.5, value_digits=2, documents_per_depth=2),
+        "needle": NeedleConfig(share=0.5, value_tokens=2, documents_per_depth=2),
         "pretrain": TextStageConfig(
             num_steps=6,
             sequences_per_step=2,

@@ -23,7 +23,7 @@ from rorqual.recipes.sparsify import SparsifyConfig
 from rorqual.recipes.text_stage import TextStageConfig
 from rorqual.store.run import Run
 from rorqual.text.corpus import Sequences, TextConfig
-from rorqual.text.needle import NeedleConfig
+from rorqual.text.needle import NeedleConfig, Needles
 from rorqual.text.tokenizer import train_tokenizer
 from rorqual.train.optim import OptimizerConfig
 
@@ -151,31 +151,26 @@ def test_needles_are_mixed_into_every_stage_and_measured_of_every_model(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Half of the sequences have a line and its question, with their own weight in the loss, the others are text."""
-    packed: list[tuple[str, float]] = []
+    packed: list[tuple[list[int], float]] = []
+    pack, found = text_stage.pack_documents, []
 
     def spy(documents: Sequence[Any], token_budget: int, **settings: Any) -> Any:
-        if len(documents) == 2:
-            weights = [float(each[-1]) for each in settings["weights"]]
-            packed.extend((tokenizer.decode(each.tolist()), w) for each, w in zip(documents, weights, strict=True))
+        packed.extend((ids.tolist(), w[-1]) for ids, w in zip(documents, settings["weights"], strict=True))
         return pack(documents, token_budget, **settings)
 
-    pack, prepare = text_stage.pack_documents, text_stage.prepare_tokenizer
-    tokenizer = None
-
-    def keep(*given: Any) -> Any:
-        nonlocal tokenizer
-        tokenizer = prepare(*given)
-        return tokenizer
+    def keep(*given: Any) -> Needles:
+        found.append(Needles(*given))
+        return found[0]
 
     monkeypatch.setattr(text_stage, "pack_documents", spy)
-    monkeypatch.setattr(text_stage, "prepare_tokenizer", keep)
-    needle = NeedleConfig(share=0.5, answer_weight=7.0, value_digits=2, documents_per_depth=3, depths=(0, 100))
+    monkeypatch.setattr(text_stage, "Needles", keep)
+    needle = NeedleConfig(share=0.5, answer_weight=7.0, documents_per_depth=3, depths=(0, 100))
     run_recipe(tmp_path / "run", micro(texts, needle=needle))
-    holds = [text.count("KEY_") == 2 for text, _ in packed]
-    assert len(packed) == 32 and [weight for _, weight in packed] == [7.0 if each else 1.0 for each in holds]
-    for stage_number in range(4):
-        assert 0 < sum(holds[8 * stage_number : 8 * stage_number + 8]) < 8
-    assert [text for text, _ in packed[24:]] == [text for text, _ in packed[16:24]], "the control has the same needles"
+    chosen = [found[0].chosen(index) for index in (*range(24), *range(16, 24))]
+    assert [weight for _, weight in packed] == [7.0 if each else 1.0 for each in chosen]
+    for number in range(4):
+        assert 0 < sum(chosen[8 * number : 8 * number + 8]) < 8
+    assert packed[24:] == packed[16:24], "the control has the same needles"
     for label in ("dense", "warmup", "sparse", "control"):
         (figures,) = Run.read(tmp_path / "run").metrics(f"held_out_{label}")
         assert {name for name in figures if "needle" in name} == {

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from rorqual.text.needle import NeedleConfig, Needles
+from rorqual.text.needle import NeedleConfig, NeedleDocument, Needles, words_of
 from rorqual.text.tokenizer import Tokenizer, train_tokenizer
 
 LINES = "\n".join(f"value_{number} = {number * 7} + {number % 5}" for number in range(400))
@@ -23,24 +23,34 @@ def text(tokenizer: Tokenizer) -> np.ndarray:
     return np.array(tokenizer.encode(LINES)[:600], dtype=np.int32)
 
 
+def line_of(document: NeedleDocument, num_key: int, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of the last question and its answer, from the line break on."""
+    head = len(tokenizer.encode("\n")) + num_key + len(tokenizer.encode(" ="))
+    return document.ids[np.flatnonzero(document.answer)[0] - head :].tolist()
+
+
 @pytest.mark.parametrize("depth", (0, 25, 50, 100))
 def test_a_document_is_its_text_with_the_line_at_its_depth_and_the_question_at_the_end(
     tokenizer: Tokenizer, text: np.ndarray, depth: int
 ) -> None:
-    needles = Needles(NeedleConfig(key_letters=5, value_digits=6), tokenizer, seed=1)
+    needles = Needles(NeedleConfig(key_tokens=3, value_tokens=4, documents_per_depth=1), tokenizer, seed=1)
     document = needles.measured(text, 3, depth)
     assert len(document.ids) == len(text) and document.ids.dtype == np.int32
-    whole = tokenizer.decode(document.ids.tolist())
-    (line,) = set(re.findall(r"KEY_[a-z]{5} = [0-9]{6}", whole))
-    assert whole.count(line) == 2 and whole.endswith(f"\n{line}")
-    assert np.flatnonzero(document.answer).tolist() == list(range(len(text) - 6, len(text)))
-    assert tokenizer.decode(document.ids[document.answer].tolist()) == line[-6:]
-    needle = np.array(tokenizer.encode(f"\n{line}\n"))
+    assert np.flatnonzero(document.answer).tolist() == list(range(len(text) - 4, len(text)))
+    line = line_of(document, 3, tokenizer)
+    assert re.fullmatch(r"\n( ?[A-Za-z]+){3} =( ?[A-Za-z]+){4}", tokenizer.decode(line))
+    needle = np.array([*line, *tokenizer.encode("\n")])
     place = next(i for i in range(len(text)) if np.array_equal(document.ids[i : i + len(needle)], needle))
-    room = len(text) - 2 * len(needle) + 1
+    room = len(text) - len(needle) - len(line)
     assert place == round(room * depth / 100)
     rest = np.concatenate((document.ids[:place], document.ids[place + len(needle) :]))
     assert np.array_equal(rest[:room], text[:room])
+
+
+def test_words_are_single_tokens_of_letters(tokenizer: Tokenizer) -> None:
+    words = [tokenizer.decode([index]) for index in words_of(tokenizer)]
+    assert {"a", "Z", "value"} <= set(words) and all(word.strip().isalpha() for word in words)
+    assert not {"1", " =", "\n"} & set(words)
 
 
 def test_the_seed_and_the_number_decide_everything(tokenizer: Tokenizer, text: np.ndarray) -> None:
@@ -58,11 +68,7 @@ def test_the_seed_and_the_number_decide_everything(tokenizer: Tokenizer, text: n
 
 def test_training_needles_lie_at_every_depth(tokenizer: Tokenizer, text: np.ndarray) -> None:
     needles = Needles(NeedleConfig(share=1.0), tokenizer, seed=0)
-    key = len(tokenizer.encode("\nKEY_"))
-    starts = []
-    for index in range(200):
-        ids = needles.training(text, index).ids
-        starts.append(int(np.argmax(ids[: len(text)] != text)) / (len(text) - 2 * key))
+    starts = [int(np.argmax(needles.training(text, index).ids != text)) / len(text) for index in range(200)]
     histogram, _ = np.histogram(starts, bins=4, range=(0.0, 1.0))
     assert histogram.min() > 25
 
@@ -71,27 +77,27 @@ def test_many_needles_are_all_asked_for_in_another_order(tokenizer: Tokenizer, t
     config = NeedleConfig(share=1.0, needles_per_document=8)
     document = Needles(config, tokenizer, seed=0).training(text, 0)
     assert len(document.ids) == len(text)
-    whole = tokenizer.decode(document.ids.tolist())
-    found = re.findall(r"KEY_[a-z]{3} = [0-9]{4}", whole)
-    lines, questions = found[:8], found[8:]
-    assert sorted(questions) == sorted(lines) and questions != lines
-    assert whole.endswith("".join(f"\n{question}" for question in questions))
-    assert tokenizer.decode(document.ids[document.answer].tolist()) == "".join(each[-4:] for each in questions)
-    places = [whole.index(line) for line in lines]
-    assert places[-1] - places[0] > len(whole) / 3, "they lie apart"
+    answers = np.flatnonzero(document.answer).reshape(8, 3)
+    head = len(tokenizer.encode("\n")) + 2 + len(tokenizer.encode(" ="))
+    starts = (answers[:, 0] - head).tolist()
+    assert starts == list(range(starts[0], len(text), head + 3)), "one question behind the other, up to the end"
+    lines = [document.ids[start : start + head + 3].tolist() for start in starts]
+    ids = document.ids.tolist()
+    places = [next(i for i in range(len(ids)) if ids[i : i + len(line)] == line) for line in lines]
+    assert max(places) < starts[0] and places != sorted(places)
+    assert max(places) - min(places) > len(ids) / 3, "they lie apart"
 
 
 def test_weights_are_of_the_answer_alone_or_of_it_more(tokenizer: Tokenizer, text: np.ndarray) -> None:
-    document = Needles(NeedleConfig(value_digits=4), tokenizer, seed=0).measured(text, 0, 10)
-    assert np.flatnonzero(document.weights(of_text=0.0, of_answer=1.0)).tolist() == list(
-        range(len(text) - 4, len(text))
-    )
+    document = Needles(NeedleConfig(value_tokens=4, documents_per_depth=1), tokenizer, seed=0).measured(text, 0, 10)
+    alone = document.weights(of_text=0.0, of_answer=1.0)
+    assert np.flatnonzero(alone).tolist() == list(range(len(text) - 4, len(text)))
     assert set(document.weights(1.0, 20.0)[:-4]) == {1.0} and set(document.weights(1.0, 20.0)[-4:]) == {20.0}
 
 
 def test_a_text_too_short_is_refused(tokenizer: Tokenizer, text: np.ndarray) -> None:
-    with pytest.raises(ValueError, match="cannot hold 1 needles"):
-        Needles(NeedleConfig(), tokenizer, 0).measured(text[:12], 0, 50)
+    with pytest.raises(ValueError, match="A text of 12 tokens cannot hold 1 needles"):
+        Needles(NeedleConfig(documents_per_depth=1), tokenizer, 0).measured(text[:12], 0, 50)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +106,8 @@ def test_a_text_too_short_is_refused(tokenizer: Tokenizer, text: np.ndarray) -> 
         ("share", 1.5),
         ("needles_per_document", 0),
         ("answer_weight", 0.0),
-        ("key_letters", 0),
-        ("value_digits", 0),
+        ("key_tokens", 0),
+        ("value_tokens", 0),
         ("documents_per_depth", -1),
         ("depths", (0, 101)),
         ("depths", (5, 5)),
