@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types bench docs
+.PHONY: help demo test test-slow lint types bench bench-quality docs
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -43,6 +43,9 @@ types: $(VENV)/.installed-dev  ## check types
 bench: $(VENV)/.installed-bench  ## time the training step and generation beside their peers
 	$(BIN)/python benchmarks/grpo_step.py
 	$(BIN)/python benchmarks/generate.py
+
+bench-quality: $(VENV)/.installed-bench  ## what sparse attention costs in quality: a run to be left alone for most of an hour
+	$(BIN)/python benchmarks/sparse_quality.py
 
 docs: $(VENV)/.installed-dev  ## write docs/cli.md anew and check every link in the docs
 	$(BIN)/python -m rorqual.cli docs > docs/cli.md

@@ -95,11 +95,15 @@ class SparseGroupedQueryAttention(GroupedQueryAttention):
     def forward_sparse(
         self, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, request: SparseRequest
     ) -> SparseOutput:
-        q_THE, k_TGE, v_TGE = self._project(x_TD, rotations.main)
-        index = None if self.indexer is None else self.indexer(x_TD, x_TD, rotations.index)
-        heads = Heads(q_THE, k_TGE, v_TGE, self.scale)
+        heads, index = self.parts(x_TD, rotations)
         out_THE, selected_TS, loss = attend_packed_sparse(heads, index, layout, self.rule, request)
         return SparseOutput(self.o_proj(out_THE.flatten(1)), selected_TS, loss)
+
+    def parts(self, x_TD: Tensor, rotations: Rotations) -> tuple[Heads, dsa.IndexerOutput | None]:
+        """Heads of the main attention, and what the indexer makes of the same input."""
+        q_THE, k_TGE, v_TGE = self._project(x_TD, rotations.main)
+        index = None if self.indexer is None else self.indexer(x_TD, x_TD, rotations.index)
+        return Heads(q_THE, k_TGE, v_TGE, self.scale), index
 
     def forward_cached_sparse(
         self,
@@ -131,19 +135,25 @@ class SparseLatentAttention(MultiHeadLatentAttention):
     def forward_sparse(
         self, x_TD: Tensor, rotations: Rotations, layout: PackedLayout, request: SparseRequest
     ) -> SparseOutput:
-        query_TW = self._query_input(x_TD)
-        q_nope_THN, q_rope_THP, latent_TL, k_rope_TP = self._project(x_TD, rotations.main, query_TW)
-        index = None if self.indexer is None else self.indexer(x_TD, query_TW, rotations.index)
         absorbed = not self.rule.takes_all(layout.num_keys)
-        if absorbed:
-            q_THE = self._absorb_query(q_nope_THN, q_rope_THP)
-            k_T1E = torch.cat((latent_TL, k_rope_TP), dim=-1).unsqueeze(1)
-            heads = Heads(q_THE, k_T1E, latent_TL.unsqueeze(1), self.scale)
-        else:
-            heads = Heads(torch.cat((q_nope_THN, q_rope_THP), -1), *self._expand(latent_TL, k_rope_TP), self.scale)
+        heads, index = self.parts(x_TD, rotations, absorbed)
         out_THX, selected_TS, loss = attend_packed_sparse(heads, index, layout, self.rule, request)
         out_THV = self._raise_value(out_THX) if absorbed else out_THX
         return SparseOutput(self.o_proj(out_THV.flatten(1)), selected_TS, loss)
+
+    def parts(
+        self, x_TD: Tensor, rotations: Rotations, absorbed: bool = False
+    ) -> tuple[Heads, dsa.IndexerOutput | None]:
+        """Heads of the main attention, of the latents themselves if `absorbed`, and what the indexer makes of the same
+        input."""
+        query_TW = self._query_input(x_TD)
+        q_nope_THN, q_rope_THP, latent_TL, k_rope_TP = self._project(x_TD, rotations.main, query_TW)
+        index = None if self.indexer is None else self.indexer(x_TD, query_TW, rotations.index)
+        if not absorbed:
+            q_THE = torch.cat((q_nope_THN, q_rope_THP), dim=-1)
+            return Heads(q_THE, *self._expand(latent_TL, k_rope_TP), self.scale), index
+        k_T1E = torch.cat((latent_TL, k_rope_TP), dim=-1).unsqueeze(1)
+        return Heads(self._absorb_query(q_nope_THN, q_rope_THP), k_T1E, latent_TL.unsqueeze(1), self.scale), index
 
     def forward_cached_sparse(
         self,

@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from rorqual.recipes import r1_zero, sparsify
+from rorqual.recipes import pretrain_text, r1_zero, sparsify
 
-RECIPES: dict[str, ModuleType] = {"r1_zero": r1_zero, "sparsify": sparsify}
+RECIPES: dict[str, ModuleType] = {"r1_zero": r1_zero, "sparsify": sparsify, "pretrain_text": pretrain_text}

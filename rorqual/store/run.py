@@ -6,6 +6,7 @@ trajectories/<stage>/step_000012.parquet
 evals/<name>.plan.json                all that the samples depend on: protocol, seed, digests of weights and problems
 evals/<name>.partial.jsonl            the samples so far, while the evaluation is being made
 evals/<name>.parquet, <name>.json     every sample; {"place", "summary"}: its place among the evaluations, its figures
+selection_maps/<label>.json           where one held-out document's attention looks, and what the indexers select
 checkpoints/<stage>/step_000012/      see checkpoints.py
 tokenizer/tokenizer.json              so that a report can show text
 """
@@ -196,6 +197,24 @@ class Run:
         paths = [path for path in (self.path / "evals").glob("*.json") if not path.name.endswith(".plan.json")]
         sealed = {path.stem: json.loads(path.read_bytes()) for path in paths}
         return {name: sealed[name]["summary"] for name in sorted(sealed, key=lambda name: sealed[name]["place"])}
+
+    # ------------------------------------------------------------------------------------------ selection maps
+
+    def write_selection_maps(self, label: str, maps: Mapping[str, Any]) -> None:
+        """Store the maps, JSON values, of the model that the metrics know as the stage `held_out_LABEL`."""
+        path = self._writable(f"selection_maps/{_checked(label)}.json")
+        write_atomic(path, lambda file: file.write(msgspec.json.encode(maps) + b"\n"))
+
+    def read_selection_maps(self, label: str) -> dict[str, Any] | None:
+        """What `write_selection_maps` stored, None where nothing is. Raises: StoreError for a damaged file."""
+        path = self.path / "selection_maps" / f"{_checked(label)}.json"
+        if not path.exists():
+            return None
+        try:
+            maps: dict[str, Any] = msgspec.json.decode(path.read_bytes())
+        except msgspec.DecodeError as error:
+            raise StoreError(f"{path} is not JSON: {error}. Delete it and run the command again.") from error
+        return maps
 
     # --------------------------------------------------------------------------------------------- checkpoints
 

@@ -18,9 +18,10 @@ from rorqual.viewer.curves import curve_groups
 from rorqual.viewer.held_out import PREFIX, held_out_rows
 from rorqual.viewer.results import comparisons, results
 from rorqual.viewer.rollouts import collect_rollouts
+from rorqual.viewer.selection import shown_maps
 from rorqual.viewer.tokens import TokenTexts
 
-SCRIPTS = ("format.js", "results.js", "held_out.js", "charts.js", "rollouts.js", "page.js")
+SCRIPTS = ("format.js", "results.js", "held_out.js", "selection.js", "charts.js", "rollouts.js", "page.js")
 ROLLOUT_BYTES = 2_500_000
 """How much of the page rollouts may take; with the chart library it stays below 8 MB."""
 
@@ -41,13 +42,15 @@ def write_report(run_directory: str | Path, rollout_bytes: int = ROLLOUT_BYTES) 
 def report_data(run: Run, rollout_bytes: int = ROLLOUT_BYTES) -> dict[str, Any]:
     """All that the page shows, as JSON values."""
     texts = TokenTexts.of_run(run)
+    held_out = held_out_rows(run)
     return {
         "name": run.path.resolve().name,
         "sessions": run.manifest["sessions"],
         "seeds": run.manifest["seeds"],
         "config": run.config,
         "recipe": run.manifest["recipe"],
-        "held_out": held_out_rows(run),
+        "held_out": held_out,
+        "selection_maps": shown_maps(run, [row["label"] for row in held_out], texts),
         "results": results(run),
         "comparisons": comparisons(run),
         "curves": curve_groups([row for row in run.metrics() if not row["stage"].startswith(PREFIX)]),

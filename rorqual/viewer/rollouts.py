@@ -55,7 +55,7 @@ def _training_steps(run: Run) -> Iterable[Step]:
     order = run.stages()
     for stage in sorted(stages, key=lambda name: (order.index(name) if name in order else len(order), name)):
         steps = run.trajectory_steps(stage)
-        for step in _spread(steps, STEPS_PER_STAGE):
+        for step in spread(steps, STEPS_PER_STAGE):
             groups = _grouped(run.read_trajectories(stage, step), lambda row: row.trajectory.group_id)
             yield {"source": stage, "step": step, "groups": []}, _most_telling(groups)
 
@@ -63,10 +63,10 @@ def _training_steps(run: Run) -> Iterable[Step]:
 def _evaluations(run: Run) -> Iterable[Step]:
     for name in run.eval_summaries():
         groups = _grouped(run.read_eval(name), lambda row: row.trajectory.task_id)
-        yield {"source": f"evaluation: {name}", "step": 0, "groups": []}, _spread(groups, GROUPS_PER_STEP)
+        yield {"source": f"evaluation: {name}", "step": 0, "groups": []}, spread(groups, GROUPS_PER_STEP)
 
 
-def _spread(items: Sequence[Any], count: int) -> list[Any]:
+def spread(items: Sequence[Any], count: int) -> list[Any]:
     """At most `count` of `items`, evenly spaced, the first and the last among them."""
     if len(items) <= count:
         return list(items)
@@ -93,7 +93,7 @@ def _group(rows: list[ScoredTrajectory]) -> dict[str, Any]:
         "task": rows[0].trajectory.task_id,
         "question": question,
         "size": len(rows),
-        "members": [_member(row) for row in _spread(ranked, MEMBERS_PER_GROUP)],
+        "members": [_member(row) for row in spread(ranked, MEMBERS_PER_GROUP)],
     }
 
 

@@ -17,11 +17,13 @@ from rorqual.models.checkpoints import load_checkpoint, save_checkpoint
 from rorqual.models.config import DSAConfig, MLAConfig, ModelConfig
 from rorqual.models.decoder import Decoder
 from rorqual.models.layout import causal_layout
-from rorqual.recipes import sparsify, stage
+from rorqual.recipes import sparsify, stage, text_stage
 from rorqual.recipes.progress import SilentProgress
-from rorqual.recipes.sparsify import SparsifyConfig, TextStageConfig
+from rorqual.recipes.sparsify import SparsifyConfig
+from rorqual.recipes.text_stage import TextStageConfig
 from rorqual.store.run import Run
 from rorqual.text.corpus import Sequences, TextConfig
+from rorqual.text.needle import NeedleConfig, Needles
 from rorqual.text.tokenizer import train_tokenizer
 from rorqual.train.optim import OptimizerConfig
 
@@ -94,6 +96,8 @@ def contents(directory: Path, stages: Sequence[str] = STAGES) -> dict[str, Any]:
         assert checkpoint is not None
         for file in ("model.safetensors", "optimizer.safetensors"):
             found[f"{name}/{file}"] = (Path(checkpoint.path) / file).read_bytes()
+    for path in run.path.glob("selection_maps/*.json"):
+        found[path.name] = path.read_bytes()
     for row in run.metrics():
         found[f"{row['stage']}/{row['step']}"] = {key: value for key, value in row.items() if key != "seconds"}
     return found
@@ -123,6 +127,57 @@ def test_every_stage_does_its_part(finished: Path) -> None:
         assert 0.0 < held_out[name]["held_out/recall"] < 1.0
         assert held_out[name]["held_out/kl_over_uniform"] > 0.0
     assert "held_out/recall" not in held_out["control"]
+    assert not any("needle" in name for row in run.metrics() for name in row)
+
+
+def test_models_with_indexers_leave_a_picture_of_what_they_select(finished: Path) -> None:
+    run = Run.read(finished)
+    assert [run.read_selection_maps(label) is not None for label in ("dense", "warmup", "sparse", "control")] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    for label in ("warmup", "sparse"):
+        maps = run.read_selection_maps(label)
+        assert maps is not None and (maps["num_tokens"], maps["top_k"]) == (48, 6)
+        assert [layer["layer"] for layer in maps["layers"]] == [0, 1]
+        for layer in maps["layers"]:
+            assert [sum(row) for row in layer["attention"]] == pytest.approx([1.0] * 48, abs=48 * 5e-5)
+            assert [sum(row) for row in layer["selected"]] == [min(query + 1, 6) for query in range(48)]
+
+
+def test_needles_are_mixed_into_every_stage_and_measured_of_every_model(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the sequences have a line and its question, with their own weight in the loss, the others are text."""
+    packed: list[tuple[list[int], float]] = []
+    pack, found = text_stage.pack_documents, []
+
+    def spy(documents: Sequence[Any], token_budget: int, **settings: Any) -> Any:
+        packed.extend((ids.tolist(), w[-1]) for ids, w in zip(documents, settings["weights"], strict=True))
+        return pack(documents, token_budget, **settings)
+
+    def keep(*given: Any) -> Needles:
+        found.append(Needles(*given))
+        return found[0]
+
+    monkeypatch.setattr(text_stage, "pack_documents", spy)
+    monkeypatch.setattr(text_stage, "Needles", keep)
+    needle = NeedleConfig(share=0.5, answer_weight=7.0, documents_per_depth=3, depths=(0, 100))
+    run_recipe(tmp_path / "run", micro(texts, needle=needle))
+    chosen = [found[0].chosen(index) for index in (*range(24), *range(16, 24))]
+    assert [weight for _, weight in packed] == [7.0 if each else 1.0 for each in chosen]
+    for number in range(4):
+        assert 0 < sum(chosen[8 * number : 8 * number + 8]) < 8
+    assert packed[24:] == packed[16:24], "the control has the same needles"
+    for label in ("dense", "warmup", "sparse", "control"):
+        (figures,) = Run.read(tmp_path / "run").metrics(f"held_out_{label}")
+        assert {name for name in figures if "needle" in name} == {
+            "needle/accuracy",
+            "needle/accuracy/0",
+            "needle/accuracy/100",
+        }
 
 
 @pytest.mark.parametrize("killed_at", (3, 6, 7, 11, 14))

@@ -297,3 +297,21 @@ def test_evaluations_keep_their_order_when_a_run_is_copied(run: Run) -> None:
     for age, name in enumerate(("rl", "base", "control")):
         os.utime(run.path / "evals" / f"{name}.json", (age, age))
     assert list(Run.read(run.path).eval_summaries()) == ["base", "rl", "control"]
+
+
+def test_selection_maps_are_whole_or_absent(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.read_selection_maps("sparse") is None
+    run.write_selection_maps("sparse", {"edges": [0, 4], "layers": []})
+    assert Run.read(run.path).read_selection_maps("sparse") == {"edges": [0, 4], "layers": []}
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="The disk is full"):
+        patch.setattr(os, "replace", full)
+        run.write_selection_maps("sparse", {"edges": [0, 9]})
+    assert run.read_selection_maps("sparse") == {"edges": [0, 4], "layers": []}
+    with pytest.raises(StoreError, match="open for reading only"):
+        Run.read(run.path).write_selection_maps("sparse", {})
+    with pytest.raises(ValueError, match="cannot name"):
+        run.write_selection_maps("../sparse", {})

@@ -39,7 +39,7 @@ const TITLES = {
 const OPEN_GROUPS = ["reward", "length", "form", "sampling", "policy", "loss", "indexer", "pretrain"];
 const DASHES = ["solid", "dot", "dash", "dashdot", "longdash"];
 const STAGE_NOTES = {
-  pretrain: "the base is pre-trained from random weights",
+  pretrain: data.recipe === "pretrain_text" ? "trained from random weights" : "the base is pre-trained from random weights",
   base: "what training starts from",
   rl: "trained from the base by reinforcement learning",
   dense: "what training starts from",

@@ -13,6 +13,17 @@ function make(tag, attributes = {}, content = []) {
   return element;
 }
 
+/** A list of names and what they are. */
+function definitions(rows) {
+  return make("dl", {}, rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))]));
+}
+
+function table(element, columns, rows) {
+  const head = make("thead", {}, make("tr", {}, columns.map(([name]) => make("th", {}, name))));
+  const body = rows.map((row, index) => make("tr", {}, columns.map(([, show]) => make("td", {}, show(row, index)))));
+  element.replaceChildren(head, make("tbody", {}, body));
+}
+
 const byId = (id) => document.getElementById(id);
 const capital = (text) => text.slice(0, 1).toUpperCase() + text.slice(1);
 const percent = (share) => (share === null || share === undefined ? "–" : (100 * share).toFixed(1) + "%");

@@ -24,6 +24,8 @@ function startTheme() {
   setTheme(dark.matches ? "dark" : "light");
   const redraw = () => {
     redrawCharts();
+    redrawHeldOut();
+    redrawMaps();
     if (data.rollouts.length) drawRollouts();
   };
   dark.addEventListener("change", () => { setTheme(dark.matches ? "dark" : "light"); redraw(); });
@@ -33,10 +35,23 @@ function startTheme() {
   });
 }
 
+/** Beside the pointer: what is known of the token, or of the cell of a map, that it points at. */
+function showTooltip(event) {
+  const tooltip = byId("tooltip");
+  const content = tokenTooltip(event) || mapTooltip(event);
+  tooltip.hidden = !content;
+  if (!content) return;
+  tooltip.replaceChildren(...content);
+  const box = tooltip.getBoundingClientRect();
+  tooltip.style.left = `${Math.min(event.clientX + 14, innerWidth - box.width - 8)}px`;
+  tooltip.style.top = `${event.clientY + 18 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 18}px`;
+}
+
 startTheme();
 showTitle();
 showResults();
 showHeldOut();
+showMaps();
 showCurves();
 showRollouts();
 showSettings();

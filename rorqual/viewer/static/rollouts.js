@@ -161,13 +161,10 @@ function tokenColour(token) {
   return scale ? tint(scale, value) : tint(value < 0 ? "down" : "up", Math.abs(value));
 }
 
-function showTooltip(event) {
-  const tooltip = byId("tooltip");
+/** What the tooltip says of the token under the pointer; null where there is none. */
+function tokenTooltip(event) {
   const span = event.target.closest ? event.target.closest(".tokens span") : null;
-  if (!span || !span.token) {
-    tooltip.hidden = true;
-    return;
-  }
+  if (!span || !span.token) return null;
   const token = span.token;
   const rows = [["id", token.id], ["place", token.place]];
   if (token.sampled) {
@@ -177,10 +174,5 @@ function showTooltip(event) {
   } else {
     rows.push(["sampled", "no, given"]);
   }
-  tooltip.replaceChildren(make("b", {}, JSON.stringify(data.tokens[token.id])),
-    make("dl", {}, rows.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, String(value))])));
-  tooltip.hidden = false;
-  const box = tooltip.getBoundingClientRect();
-  tooltip.style.left = `${Math.min(event.clientX + 14, innerWidth - box.width - 8)}px`;
-  tooltip.style.top = `${event.clientY + 18 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 18}px`;
+  return [make("b", {}, JSON.stringify(data.tokens[token.id])), definitions(rows)];
 }
