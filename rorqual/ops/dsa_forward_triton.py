@@ -98,7 +98,7 @@ def choose_blocks(sizes: Sizes, shared: int, held_per_head: int) -> Blocks:
     per_key = sum(cut(sizes.width)) + (0 if sizes.values_are_keys else padded(sizes.value_width))
     warps = 8 if most_heads * padded(sizes.value_width) >= 64 * 256 else 4
     for heads in (size for size in (64, 32, 16) if size <= most_heads):
-        for keys, stages in ((64, 2), (32, 2), (64, 1), (32, 1), (16, 1)):
+        for keys, stages in ((64, 2), (32, 2), (64, 1), (32, 1), (16, 1))[: 5 if heads == LEAST else 4]:
             weights = 2 * heads * keys
             if sizes.itemsize * (heads * held_per_head + stages * keys * per_key + weights) <= shared:
                 return Blocks(heads, keys, stages, warps)
@@ -119,7 +119,7 @@ def last_selected(selected: tl.tensor, num_selected: tl.tensor) -> tl.tensor:
     return end
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_queries"])  # type: ignore[untyped-decorator]
 def _forward(
     q: tl.tensor,
     k: tl.tensor,
