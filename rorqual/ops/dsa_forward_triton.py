@@ -86,12 +86,11 @@ def shared_bytes(device: torch.device) -> int:
     return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
 
 
-def choose_blocks(sizes: Sizes, shared: int, held_per_head: int) -> Blocks:
+def choose_blocks(sizes: Sizes, shared: int) -> Blocks:
     """The largest blocks that fit into `shared` bytes: as many heads as share keys, up to 64, since each block of heads
     gathers the keys anew; then keys; then steps under way. It depends on sizes and the device alone, so that a run and
     its repetition cut alike.
 
-    held_per_head: numbers that a program holds for each head beside the keys.
     Raises: ValueError where not even the smallest fit.
     """
     most_heads = min(64, padded(sizes.sharing))
@@ -100,7 +99,7 @@ def choose_blocks(sizes: Sizes, shared: int, held_per_head: int) -> Blocks:
     for heads in (size for size in (64, 32, 16) if size <= most_heads):
         for keys, stages in ((64, 2), (32, 2), (64, 1), (32, 1), (16, 1))[: 5 if heads == LEAST else 4]:
             weights = 2 * heads * keys
-            if sizes.itemsize * (heads * held_per_head + stages * keys * per_key + weights) <= shared:
+            if sizes.itemsize * (heads * sum(cut(sizes.width)) + stages * keys * per_key + weights) <= shared:
                 return Blocks(heads, keys, stages, warps)
     raise ValueError(
         f"Heads of {sizes.width} and values of {sizes.value_width} numbers of {sizes.itemsize} bytes do not fit into "
@@ -216,7 +215,7 @@ def forward(
     out_RQHV = q_RQHE.new_empty(num_rows, num_queries, num_heads, value_width)
     log_sum_RQH = q_RQHE.new_empty(num_rows, num_queries, num_heads, dtype=torch.float32)
     sizes = sizes_of(q_RQHE, k_RKGE, v_RKGV)
-    blocks = choose_blocks(sizes, shared_bytes(q_RQHE.device), sum(cut(width)))
+    blocks = choose_blocks(sizes, shared_bytes(q_RQHE.device))
     _forward[(num_rows * num_queries * groups * triton.cdiv(sizes.sharing, blocks.heads),)](
         q_RQHE,
         k_RKGE,
