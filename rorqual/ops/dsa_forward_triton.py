@@ -88,18 +88,22 @@ def shared_bytes(device: torch.device) -> int:
 
 def choose_blocks(sizes: Sizes, shared: int) -> Blocks:
     """The largest blocks that fit into `shared` bytes: as many heads as share keys, up to 64, since each block of heads
-    gathers the keys anew; then keys; then steps under way. It depends on sizes and the device alone, so that a run and
+    gathers the keys anew; then steps under way; then keys. It depends on sizes and the device alone, so that a run and
     its repetition cut alike.
 
+    float32 is multiplied outside tensor cores, from registers, and takes the smallest. Values that are keys need two
+    steps under way: with one the compiler copies them in a second layout.
     Raises: ValueError where not even the smallest fit.
     """
-    most_heads = min(64, padded(sizes.sharing))
+    half = sizes.itemsize == 2
+    most_heads = min(64, padded(sizes.sharing)) if half else LEAST
+    choices = ((64, 2), (32, 2), (64, 1), (32, 1)) if half else ((16, 2), (16, 1))
     per_key = sum(cut(sizes.width)) + (0 if sizes.values_are_keys else padded(sizes.value_width))
-    warps = 8 if most_heads * padded(sizes.value_width) >= 64 * 256 else 4
+    warps = 8 if not half or most_heads * padded(sizes.value_width) >= 64 * 256 else 4
     for heads in (size for size in (64, 32, 16) if size <= most_heads):
-        for keys, stages in ((64, 2), (32, 2), (64, 1), (32, 1), (16, 1))[: 5 if heads == LEAST else 4]:
-            weights = 2 * heads * keys
-            if sizes.itemsize * (heads * sum(cut(sizes.width)) + stages * keys * per_key + weights) <= shared:
+        for keys, stages in choices[:2] if sizes.values_are_keys and half else choices:
+            numbers = heads * sum(cut(sizes.width)) + stages * keys * per_key + 2 * heads * keys
+            if sizes.itemsize * numbers <= shared:
                 return Blocks(heads, keys, stages, warps)
     raise ValueError(
         f"Heads of {sizes.width} and values of {sizes.value_width} numbers of {sizes.itemsize} bytes do not fit into "
