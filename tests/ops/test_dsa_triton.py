@@ -128,6 +128,18 @@ def test_a_window_and_a_sink() -> None:
     assert_near_the_twin(results(dsa_triton.sparse_attention, p), p)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("sharing", "groups", "width", "value_width"), [(128, 1, 576, 512), (16, 4, 128, 128)])
+def test_at_full_size(sharing: int, groups: int, width: int, value_width: int) -> None:
+    """What the interpreter has no time for: full blocks, many tiles, the same bits from programs that race."""
+    p = problem(Case(1, 700, 700, groups, sharing, width, value_width, 300), torch.bfloat16)
+    first = results(dsa_triton.sparse_attention, p)
+    assert_near_the_twin(first, p)
+    for _ in range(3):
+        for once, again in zip(first, results(dsa_triton.sparse_attention, p), strict=True):
+            assert torch.equal(once, again)
+
+
 @pytest.mark.parametrize("scratch", [1 << 30, 1])
 def test_repeated_runs_give_the_same_bits(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one tile of queries, and in as many as there are queries."""
