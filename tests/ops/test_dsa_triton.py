@@ -3,6 +3,7 @@ interpreter, where sizes are small because a program there takes milliseconds.""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -170,6 +171,28 @@ def test_what_nobody_selects_gets_no_gradient_and_who_selects_nothing_gets_zero(
         assert gradient[:, [1, 4]].ne(0).all(dim=-1).all()
     finite = p._replace(k=p.k.nan_to_num(), v=p.v.nan_to_num())
     assert_near_the_twin([out, grad_q, grad_k, grad_v], finite)
+
+
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """New memory holds NaN, so that what is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("scratch", [1 << 30, 1])
+def test_memory_is_written_before_it_is_read(
+    scratch: int, filled_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole blocks of absent keys, which kernels pass over, in front of present ones and behind them."""
+    assert torch.empty(3).isnan().all()
+    monkeypatch.setattr(dsa_backward_triton, "SCRATCH_BYTES", scratch)
+    p = problem(Case(1, 2, 5, 1, 2, 32, 48, 99))
+    p.selected[:] = -1
+    p.selected[0, 0, [40, 41, 95]] = torch.tensor([3, 0, 2], device=DEVICE)
+    p.selected[0, 1, 33] = 2
+    assert_near_the_twin(results(dsa_triton.sparse_attention, p), p)
 
 
 def test_nothing_at_all() -> None:
