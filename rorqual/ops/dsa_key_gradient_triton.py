@@ -3,15 +3,15 @@
 The gradient of a key is a sum over the queries that selected it, anywhere in the row. There are three ways to that sum:
 
 - Add to it from the queries' side, atomically. The order of additions, and with it the result, is chance.
-- A program for each key reads all that its queries hold: J(E + V) numbers for 4J(E + V) operations, two operations a
+- A program for each key reads all that its queries hold: J(E + V) numbers for 2J(E + V) operations, one operation a
   byte in half precision, where an H100 needs 300. No block of keys helps, since each key has another set of queries.
 - A program for each query multiplies its own weights and vectors, [S, J] x [J, E], which is the shape that tensor cores
   like, and writes a part for each of its keys; a program for each key then adds its parts up, in the order of the
   queries. That moves 2(E + V) numbers a pair instead of J(E + V), and is what is done here.
 
-Of 128 heads of 576 and 512 numbers, a pair costs 557 thousand operations and 4.4 kB, or 128 operations a byte: memory,
-not arithmetic, sets the pace of this part. Few heads to a group fare worse (16 a byte with 16 heads of 128), though not
-worse than any other way above.
+Of 128 heads of 576 and 512 numbers, a pair costs 279 thousand operations and 4.4 kB, or 64 operations a byte: memory,
+not arithmetic, sets the pace of this part. Few heads to a group fare worse, 8 a byte with 16 heads of 128; only with
+one head to a group would a program for each key move less, half as much.
 
 The list of a key's pairs is a tile's selection sorted by key; the sort is stable, so that queries ascend. Parts are
 kept in the dtype of the inputs, totals in float32.
