@@ -22,11 +22,15 @@ SCRATCH_ELEMENTS = 1 << 26
 """Most numbers of a chunk's scratch: 256 MB, and 512 queries of 128k keys."""
 
 TILE_BYTES = 128
-"""Queries of a program, and its keys, in bytes of one dimension: 64 in half precision; 32 in float32, of which a product
-is made without matrix units and from registers."""
+"""Queries of a program, and its keys, in bytes of one dimension: 64 in half precision; 32 in float32, whose products
+are made without matrix units and from registers."""
 
 PRECISION = "ieee"
 """Of products of float32; "tf32" is faster on tensor cores, with 10 bits of mantissa."""
+
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Triton reads it too when a kernel is defined."""
 
 
 class Chunk(NamedTuple):
@@ -76,6 +80,29 @@ def tile_of(x: Tensor) -> int:
     return TILE_BYTES // x.element_size()
 
 
+def width_of(x: Tensor) -> int:
+    """Of the tiles that walk over a vector of the main attention: it may have 576 dimensions."""
+    dim = x.shape[-1]
+    return min(128 if dim % 128 == 0 else 64, padded(dim))
+
+
+def gradient_operands(x: Tensor) -> tuple[tl.dtype, str]:
+    """In which dtype the products of gradients are taken, and how precisely. Float16 has too small a range for them;
+    tf32 has its mantissa, and the range of float32."""
+    if x.dtype == torch.float16:
+        return tl.float32, "tf32"
+    return (tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32), PRECISION
+
+
+class Gradients(NamedTuple):
+    """Of the index queries [R, Q, I, C], the index keys [R, K, C] and the weights [R, Q, I]. Those of the queries are
+    in their dtype if it is bfloat16, the others in float32."""
+
+    q: Tensor
+    k: Tensor
+    weight: Tensor
+
+
 class Index(NamedTuple):
     """`IndexerOutput` as the kernels read it: contiguous, the weights in float32; and who sees what."""
 
@@ -95,6 +122,13 @@ def readable(index: IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor | None)
     q_RQIC, k_RKC = of_one_dtype(index.q.detach(), index.k.detach())
     valid_RK = None if key_valid_RK is None else key_valid_RK.to(torch.uint8).contiguous()
     return Index(q_RQIC, k_RKC, index.weight.detach().float().contiguous(), last_RQ.int().contiguous(), valid_RK)
+
+
+def empty_gradients(index: Index) -> Gradients:
+    """To be written, but for those of the keys, which begin at 0 and are added to."""
+    dtype = torch.bfloat16 if index.q.dtype == torch.bfloat16 else torch.float32
+    grad_k_RKC = torch.zeros_like(index.k, dtype=torch.float32)
+    return Gradients(torch.empty_like(index.q, dtype=dtype), grad_k_RKC, torch.empty_like(index.weight))
 
 
 def write_scores(index: Index, chunk: Chunk, out_RXK: Tensor) -> None:
@@ -183,7 +217,7 @@ def _score_kernel(
                 other=0.0,
             )
             weight_M = tl.load(weight_ptr + pair_M, mask=present_M, other=0.0)
-            products_MN = tl.dot(q_MC, k_CN, input_precision=PRECISION)
+            products_MN = product(q_MC, k_CN, PRECISION)
             products_MN = tl.where(products_MN < 0.0, 0.0, products_MN) * weight_M[:, None]  # A NaN stays one.
             if BLOCK_I == 1:
                 scores_XN += products_MN
@@ -200,6 +234,51 @@ def _score_kernel(
             tl.store(place_XN, tl.where(visible_XN, _rank(scores_XN), 0), mask=within_XN)
         else:
             tl.store(place_XN, tl.where(visible_XN, scores_XN, float("-inf")), mask=within_XN)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def product(a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
+    """a b, in float32."""
+    if INTERPRETED:  # Whose product takes the bits of a bfloat16 for an integer.
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def as_dtype(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """A float32 in another dtype, to nearest, ties to even."""
+    if INTERPRETED and DTYPE.is_bf16():  # It cuts a bfloat16 off.
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def products_of_rows(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    q_row_B: tl.tensor,
+    q_present_B: tl.tensor,
+    k_row_N: tl.tensor,
+    k_present_N: tl.tensor,
+    DIM: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """q k^T of rows that lie anywhere: [B, N]; 0 where there is none."""
+    products_BN = tl.zeros([BLOCK_B, BLOCK_N], dtype=tl.float32)
+    for start in range(0, DIM, BLOCK_E):
+        e_E = start + tl.arange(0, BLOCK_E)
+        q_BE = tl.load(
+            q_ptr + q_row_B[:, None] * DIM + e_E[None, :], mask=q_present_B[:, None] & (e_E < DIM)[None, :], other=0.0
+        )
+        k_NE = tl.load(
+            k_ptr + k_row_N[:, None] * DIM + e_E[None, :], mask=k_present_N[:, None] & (e_E < DIM)[None, :], other=0.0
+        )
+        products_BN += product(q_BE, tl.trans(k_NE), PRECISION)
+    return products_BN
 
 
 @triton.jit  # type: ignore[untyped-decorator]
