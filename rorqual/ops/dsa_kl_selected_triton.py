@@ -143,7 +143,7 @@ def _selected_scores(index: Index, selected_RQS: Tensor, chunk: Chunk) -> Tensor
             DIM=dim,
             BLOCK_B=min(padded(num_heads), block_n),
             BLOCK_N=block_n,
-            BLOCK_C=padded(dim),
+            BLOCK_E=width_of(index.k),
             PRECISION=dsa_score_triton.PRECISION,
             num_warps=4,
             num_stages=2,
@@ -157,30 +157,34 @@ def _add_gradients(index: Index, selected_RQS: Tensor, grad_RXS: Tensor, gradien
     num_keys, num_selected = index.k.shape[1], selected_RQS.shape[-1]
     parts_PC = torch.empty(grad_RXS.numel(), dim, device=index.q.device)
     operand, operand_precision = gradient_operands(index.q)
+    block_b = min(padded(num_heads), tile_of(index.q))
     with torch.cuda.device_of(index.q):
-        _gradient_kernel[(num_rows * chunk.width,)](
-            *index[:3],
-            selected_RQS,
-            grad_RXS,
-            gradients.q,
-            gradients.weight,
-            parts_PC,
-            chunk.first,
-            chunk.width,
-            num_queries,
-            num_keys,
-            num_heads,
-            num_selected,
-            DIM=dim,
-            BLOCK_B=padded(num_heads),
-            BLOCK_N=tile_of(index.k),
-            BLOCK_C=padded(dim),
-            PRECISION=dsa_score_triton.PRECISION,
-            OPERAND=operand,
-            OPERAND_PRECISION=operand_precision,
-            num_warps=4,
-            num_stages=1,
-        )
+        for first_head in range(0, num_heads, block_b):
+            _gradient_kernel[(num_rows * chunk.width,)](
+                *index[:3],
+                selected_RQS,
+                grad_RXS,
+                gradients.q,
+                gradients.weight,
+                parts_PC,
+                chunk.first,
+                chunk.width,
+                num_queries,
+                num_keys,
+                num_heads,
+                first_head,
+                num_selected,
+                DIM=dim,
+                IS_FIRST=first_head == 0,
+                BLOCK_B=block_b,
+                BLOCK_N=tile_of(index.k),
+                BLOCK_C=padded(dim),
+                PRECISION=dsa_score_triton.PRECISION,
+                OPERAND=operand,
+                OPERAND_PRECISION=operand_precision,
+                num_warps=8,
+                num_stages=1,
+            )
         key_P, order_P = _by_key(selected_RQS[:, chunk.queries], num_keys)
         begin_K = torch.searchsorted(key_P, torch.arange(num_rows * num_keys + 1, device=key_P.device))
         _sum_kernel[(num_rows * num_keys,)](
@@ -298,7 +302,7 @@ def _score_kernel(
     DIM: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """One query and one tile of its selected keys."""
@@ -320,7 +324,7 @@ def _score_kernel(
             DIM,
             BLOCK_B,
             BLOCK_N,
-            BLOCK_C,
+            BLOCK_E,
             PRECISION,
         )
         weight_B = tl.load(weight_ptr + q_row_B, mask=present_B, other=0.0)
@@ -345,8 +349,10 @@ def _gradient_kernel(
     num_queries: tl.tensor,
     num_keys: tl.tensor,
     num_heads: tl.tensor,
+    first_head: tl.tensor,
     num_selected: tl.tensor,
     DIM: tl.constexpr,
+    IS_FIRST: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -354,10 +360,11 @@ def _gradient_kernel(
     OPERAND: tl.constexpr,
     OPERAND_PRECISION: tl.constexpr,
 ) -> None:
-    """One query with all its index heads: its own gradients, and its part in that of each key that it selected."""
+    """One query with some of its index heads: its own gradients, and its part in that of each key that it selected,
+    added to that of earlier heads."""
     x = tl.program_id(0).to(tl.int64)
     row, query = x // width, (x // width) * num_queries + first + x % width
-    head_B, c_C = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_C)
+    head_B, c_C = first_head + tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_C)
     present_B, pair_B = head_B < num_heads, query * num_heads + head_B
     within_BC = present_B[:, None] & (c_C < DIM)[None, :]
     place_BC = pair_B[:, None] * DIM + c_C[None, :]
@@ -381,11 +388,11 @@ def _gradient_kernel(
         grad_q_BC += product(as_dtype(through_BN, OPERAND), k_NC.to(OPERAND), OPERAND_PRECISION)
         weighted_NB = tl.trans(as_dtype(through_BN * weight_B[:, None], OPERAND))
         part_NC = product(weighted_NB, q_BC.to(OPERAND), OPERAND_PRECISION)
-        tl.store(
-            parts_ptr + (x * num_selected + s_N)[:, None] * DIM + c_C[None, :],
-            part_NC,
-            mask=(s_N < num_selected)[:, None] & (c_C < DIM)[None, :],
-        )
+        place_NC = parts_ptr + (x * num_selected + s_N)[:, None] * DIM + c_C[None, :]
+        within_NC = (s_N < num_selected)[:, None] & (c_C < DIM)[None, :]
+        if not IS_FIRST:
+            part_NC += tl.load(place_NC, mask=within_NC, other=0.0)
+        tl.store(place_NC, part_NC, mask=within_NC)
     grad_q = as_dtype(grad_q_BC * weight_B[:, None], grad_q_ptr.dtype.element_ty)
     tl.store(grad_q_ptr + place_BC, grad_q, mask=within_BC)
     tl.store(grad_weight_ptr + pair_B, grad_weight_B, mask=present_B)

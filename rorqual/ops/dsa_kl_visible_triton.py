@@ -152,7 +152,7 @@ def _add_gradients(index: Index, grad_RXK: Tensor, gradients: Gradients, chunk: 
         "PRECISION": dsa_score_triton.PRECISION,
         "OPERAND": operand,
         "OPERAND_PRECISION": operand_precision,
-        "num_warps": 4,
+        "num_warps": 8 if index.q.element_size() == 4 else 4,
         "num_stages": 1 if index.q.element_size() == 4 else 2,
     }
     with torch.cuda.device_of(index.q):

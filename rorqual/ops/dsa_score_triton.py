@@ -81,9 +81,10 @@ def tile_of(x: Tensor) -> int:
 
 
 def width_of(x: Tensor) -> int:
-    """Of the tiles that walk over a vector of the main attention: it may have 576 dimensions."""
+    """Of the tiles that walk over vectors that no gradient is taken of: those of the main attention have up to 576
+    dimensions. 64 in float32, for want of registers."""
     dim = x.shape[-1]
-    return min(128 if dim % 128 == 0 else 64, padded(dim))
+    return min(128 if dim % 128 == 0 and x.element_size() < 4 else 64, padded(dim))
 
 
 def gradient_operands(x: Tensor) -> tuple[tl.dtype, str]:
