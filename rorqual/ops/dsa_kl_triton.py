@@ -92,4 +92,4 @@ class _IndexerKL(torch.autograd.Function):
 def _readable(main: MainAttention) -> MainAttention:
     q_RQHE, k_RKGE = of_one_dtype(main.q.detach(), main.k.detach())
     valid_RK = None if main.key_valid_RK is None else main.key_valid_RK.to(torch.uint8).contiguous()
-    return MainAttention(q_RQHE, k_RKGE, main.scale, main.last_RQ.int().contiguous(), valid_RK)
+    return MainAttention(q_RQHE, k_RKGE, float(main.scale), main.last_RQ.int().contiguous(), valid_RK)

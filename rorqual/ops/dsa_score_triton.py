@@ -49,8 +49,8 @@ def chunks(num_rows: int, num_queries: int, elements_per_query: int, multiple: i
     """All queries of all rows, in chunks that keep so many numbers a query within the scratch; `multiple` queries at
     least, which is the tile."""
     budget = max(1, SCRATCH_ELEMENTS // max(1, elements_per_query))
-    rows = min(num_rows, max(1, budget // min(multiple, num_queries)))
-    width = min(num_queries, max(1, budget // rows // multiple) * multiple)
+    rows = max(1, min(num_rows, budget // max(1, min(multiple, num_queries))))
+    width = max(1, min(num_queries, max(1, budget // rows // multiple) * multiple))
     for row in range(0, num_rows, rows):
         for first in range(0, num_queries, width):
             yield Chunk(slice(row, min(row + rows, num_rows)), first, min(width, num_queries - first))
