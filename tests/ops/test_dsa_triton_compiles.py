@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rorqual.ops import dsa, dsa_tiled
 
+ROOT = Path(__file__).parents[2]
+
 MOST_SHARED_BYTES = 99 * 1024
 """Of a program on GPUs of compute capability 8.6 and 8.9; an A100 has 163 KB."""
 
@@ -36,9 +38,8 @@ def test_kernels_compile(name: str, tmp_path: Path) -> None:
     """In a process of its own: whether kernels are interpreted is settled when they are defined."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    answer = subprocess.run(
-        [sys.executable, __file__, name], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "tests.ops.test_dsa_triton_compiles", name]
+    answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     kernels = {line.split()[0] for line in answer.stdout.splitlines()}
     assert len(kernels) == 12, answer.stdout
