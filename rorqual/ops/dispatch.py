@@ -25,7 +25,7 @@ Kernels = Literal["auto", "tiled", "compiled", "triton"]
 
 DSA: Final[Mapping[str, str]] = {"tiled": "rorqual.ops.dsa_tiled"}
 
-NSA: Final[Mapping[str, str]] = {"tiled": "rorqual.ops.nsa_tiled"}
+NSA: Final[Mapping[str, str]] = {"tiled": "rorqual.ops.nsa_tiled", "triton": "rorqual.ops.nsa_triton"}
 
 NEEDS: Final[Mapping[str, tuple[str, str]]] = {"compiled": ("numba", "cpu"), "triton": ("triton", "gpu")}
 """The package that an implementation is written in, and the extra that brings it."""
