@@ -72,7 +72,7 @@ def _importance(
     block = first_block + tl.arange(0, BLOCKS)
     per_selected, per_compressed = selected_length // stride, length // stride
     total = tl.zeros([QUERIES * HEADS, BLOCKS], tl.float32)
-    for shift in range(0, per_selected + per_compressed - 1):
+    for shift in range(per_selected + per_compressed - 1):
         least = tl.minimum(shift, per_selected + per_compressed - 2 - shift)
         count = tl.minimum(least, tl.minimum(per_selected, per_compressed) - 1) + 1
         key = block * per_selected + per_selected - 1 - shift
@@ -123,7 +123,7 @@ def _select(
     lowest = tl.zeros([SELECTIONS], tl.int64)
     if tl.max(own) >= num_selected:
         lowest += HIGHEST
-        for _ in range(0, num_selected):
+        for _ in range(num_selected):
             lowest = tl.max(tl.where(rank < lowest[:, None], rank, NONE), axis=1)
     chosen = visible & (rank >= lowest[:, None])
     slot = tl.cumsum(chosen.to(tl.int32), axis=1) - 1

@@ -47,7 +47,7 @@ class Tiles(NamedTuple):
 
     blocks: Tensor
     members: Tensor
-    count: Tensor
+    number: Tensor
 
 
 class Lists(NamedTuple):
@@ -61,10 +61,11 @@ class Lists(NamedTuple):
     list_I: Tensor
 
 
-def tile_queries(sharing: int) -> int:
-    """Neighbouring queries of a program: no more than 64 lines, no more queries than share much, and 16 lines, which is
-    the least of `tl.dot`."""
-    return max(1, 16 // sharing, min(4, 64 // sharing))
+def tile_queries(q_RQHE: Tensor, groups: int) -> int:
+    """Neighbouring queries of a program: no more than 64 lines, and no more than 4 queries, since those further apart
+    share little; but 16 lines at least, which `tl.dot` takes in any case."""
+    sharing, lines = q_RQHE.shape[2] // groups, min(64, plan(q_RQHE).forward.lines)
+    return max(1, 16 // sharing, min(4, lines // sharing))
 
 
 def tiles_of(blocks_RQGS: Tensor, num_blocks: int, queries: int) -> Tiles:
@@ -178,7 +179,7 @@ def _forward(
     highest = tl.full([LINES], -float("inf"), tl.float32)
     total = tl.zeros([LINES], tl.float32)
     weighted = tl.zeros([LINES, PADDED], tl.float32)
-    for step in range(0, tl.load(count + tile) * PIECES):
+    for step in range(tl.load(count + tile) * PIECES):
         key_at, key_there, seen = _block_keys(
             step, blocks, members, tile, most, selected_length, num_keys, num_groups, member, position, KEYS, PIECES
         )
@@ -225,7 +226,7 @@ def _query_backward(
     grad_tile = vectors(grad_out, at, there, WIDTH, PADDED, True)
     log, gate, mean = line_scalars(log_sum, gates, grad_gates, at, there, SELECTED)
     total = tl.zeros([LINES, PADDED], tl.float32)
-    for step in range(0, tl.load(count + tile) * PIECES):
+    for step in range(tl.load(count + tile) * PIECES):
         key_at, key_there, seen = _block_keys(
             step, blocks, members, tile, most, selected_length, num_keys, num_groups, member, position, KEYS, PIECES
         )
@@ -333,21 +334,20 @@ def _add_items(
 
 
 def forward(
-    q_RQHE: Tensor, k_RKGE: Tensor, v_RKGE: Tensor, start_R: Tensor, tiles: Tiles, length: int, scale: float
+    q_RQHE: Tensor, kv: tuple[Tensor, Tensor], start_R: Tensor, tiles: Tiles, length: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [R, Q, H, E], 0 for queries that see no key, and log2 of the sums of its softmax [R, Q, H], in float32.
 
     All are contiguous; start_R: int32, the positions of the rows' first queries. length: of a block, l'.
     """
-    (_, num_queries, num_heads, width), (num_keys, groups) = q_RQHE.shape, k_RKGE.shape[1:3]
+    (_, num_queries, num_heads, width), (num_keys, groups) = q_RQHE.shape, kv[0].shape[1:3]
     sharing, tile = num_heads // groups, plan(q_RQHE).forward
-    queries, keys = tile_queries(sharing), min(tile.keys, padded(length))
+    queries, keys = tile_queries(q_RQHE, groups), min(tile.keys, padded(length))
     out_RQHE = torch.empty_like(q_RQHE)
     log_sum_RQH = q_RQHE.new_empty(q_RQHE.shape[:3], dtype=torch.float32)
     _forward[(tiles.blocks.shape[1], groups, len(q_RQHE))](
         q_RQHE,
-        k_RKGE,
-        v_RKGE,
+        *kv,
         start_R,
         *tiles,
         out_RQHE,
@@ -388,7 +388,7 @@ def backward(
     sizes = {"WIDTH": width, "PADDED": padded(width)}
     grad_q_RQHE = torch.empty_like(q_RQHE, dtype=torch.float32)
     tile = plan(q_RQHE).query_backward
-    queries, keys = tile_queries(sharing), min(tile.keys, padded(length))
+    queries, keys = tile_queries(q_RQHE, groups), min(tile.keys, padded(length))
     _query_backward[(tiles.blocks.shape[1], groups, num_rows)](
         q_RQHE,
         *kv,

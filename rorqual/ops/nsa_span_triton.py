@@ -326,9 +326,7 @@ def _key_step(
     grad_tile = vectors(grad_out, at, there, WIDTH, PADDED, CHECKED)
     log, gate, mean = line_scalars(log_sum, gates, grad_gates, at, there, BRANCH)
     seen = is_seen(key[:, None], (row_start + query)[None], num_keys, length, stride, window, WINDOWED)
-    return key_gradients(
-        q_tile, k_tile, v_tile, seen, grad_tile, log, gate, mean, grad_k, grad_v, scale_log2, CHECKED
-    )
+    return key_gradients(q_tile, k_tile, v_tile, seen, grad_tile, log, gate, mean, grad_k, grad_v, scale_log2, CHECKED)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -411,20 +409,19 @@ def _key_backward(
 
 
 def forward(
-    q_RQHE: Tensor, k_RKGE: Tensor, v_RKGE: Tensor, start_R: Tensor, span: Span, scale: float
+    q_RQHE: Tensor, kv: tuple[Tensor, Tensor], start_R: Tensor, span: Span, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attention [R, Q, H, E], 0 for queries that see no key, and log2 of the sums of its softmax [R, Q, H], in float32.
 
     All are contiguous; start_R: int32, the positions of the rows' first queries.
     """
-    (num_rows, num_queries, num_heads, width), (num_keys, groups) = q_RQHE.shape, k_RKGE.shape[1:3]
+    (num_rows, num_queries, num_heads, width), (num_keys, groups) = q_RQHE.shape, kv[0].shape[1:3]
     tile, sharing = plan(q_RQHE).forward, num_heads // groups
     out_RQHE = torch.empty_like(q_RQHE)
     log_sum_RQH = q_RQHE.new_empty(q_RQHE.shape[:3], dtype=torch.float32)
     _forward[(triton.cdiv(num_queries * sharing, tile.lines), groups, num_rows)](
         q_RQHE,
-        k_RKGE,
-        v_RKGE,
+        *kv,
         start_R,
         out_RQHE,
         log_sum_RQH,

@@ -51,9 +51,8 @@ def plan(x: Tensor) -> Plan:
     """For vectors of the last dimension of `x`."""
     width, roomy = padded(x.shape[-1]), shared_bytes(x.device) >= 160 << 10
     if x.element_size() == 4:  # Products without matrix units, from registers.
-        lines, keys = (64, 32) if width <= 64 else (32, 32)
-        small = Tile(lines, keys, 4, 1)
-        return Plan(small, small, Tile(16, 32, 4, 1) if width > 128 else small)
+        small = Tile(32, 32, 4, 1) if width <= 64 else Tile(16, 32, 4, 1) if width <= 128 else Tile(16, 16, 4, 1)
+        return Plan(small, small, small)
     if width > 128:
         return Plan(Tile(64, 32, 4, 2), Tile(64, 32, 8, 1), Tile(32, 32, 8, 1))
     stages = 3 if roomy else 2
@@ -83,13 +82,14 @@ def vectors(
     dim = tl.arange(0, PADDED)
     where = base + at.to(tl.int64)[:, None] * WIDTH + dim[None]
     if CHECKED and PADDED == WIDTH:
-        return tl.load(where, mask=there[:, None], other=0.0)
+        x = tl.load(where, mask=there[:, None], other=0.0)
     elif CHECKED:
-        return tl.load(where, mask=there[:, None] & (dim < WIDTH)[None], other=0.0)
+        x = tl.load(where, mask=there[:, None] & (dim < WIDTH)[None], other=0.0)
     elif PADDED == WIDTH:
-        return tl.load(where)
+        x = tl.load(where)
     else:
-        return tl.load(where, mask=(dim < WIDTH)[None], other=0.0)
+        x = tl.load(where, mask=(dim < WIDTH)[None], other=0.0)
+    return x
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -25,6 +25,7 @@ from rorqual.ops.nsa import BlockSizes, Branches
 from rorqual.ops.nsa_selected_triton import Tiles
 from rorqual.ops.nsa_span_triton import Span, Upstream
 from rorqual.ops.nsa_tiles_triton import NUM_BRANCHES, padded, put_vectors, vectors
+from rorqual.ops.numbers_triton import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,13 +38,19 @@ def native_sparse_attention(
 ) -> Tensor:
     """`nsa.native_sparse_attention`: [R, Q, H, E].
 
-    Raises: ValueError for a dtype that no kernel is for, and for queries, keys and values of unlike dtypes.
+    Raises: ValueError for a dtype that no kernel is for, for queries, keys and values of unlike dtypes, and on a CPU
+    without Triton's interpreter.
     """
     dtypes = {x.dtype for x in (q_RQHE, *branches)}
     if len(dtypes) > 1 or q_RQHE.dtype not in DTYPES:
         raise ValueError(
             f"The Triton kernels got {', '.join(sorted(map(str, dtypes)))}; they take queries, keys and values all in "
             "float32, bfloat16 or float16. Cast them, or use kernels = 'tiled'."
+        )
+    if q_RQHE.device.type == "cpu" and not INTERPRETED.value:
+        raise ValueError(
+            "The Triton kernels got tensors on a CPU, where they run in Triton's interpreter alone; set "
+            "TRITON_INTERPRET=1 before the start, to test them, or use kernels = 'auto'."
         )
     start_R = position_RQ[:, 0].int().contiguous()
     out: Tensor = _NativeSparseAttention.apply(q_RQHE, *branches, gates_RQH3, start_R, sizes, scale)
@@ -55,19 +62,18 @@ class _NativeSparseAttention(torch.autograd.Function):
     def forward(ctx: Any, q_RQHE: Tensor, *rest: Any) -> Tensor:
         *tensors, start_R, sizes, scale = rest
         q_RQHE, *branches, gates_RQH3 = (x.contiguous() for x in (q_RQHE, *tensors))
-        of_blocks, of_tokens = spans(sizes)
+        compressed_kv, selected_kv, window_kv = zip(branches[::2], branches[1::2], strict=True)
+        num_keys, groups = selected_kv[0].shape[1:3]
+        num_blocks, of_blocks, of_tokens = triton.cdiv(num_keys, sizes.selected_length), *spans(sizes)
         with torch.cuda.device_of(q_RQHE):
-            compressed = nsa_span_triton.forward(q_RQHE, *branches[:2], start_R, of_blocks, scale)
-            num_keys, groups = branches[2].shape[1:3]
+            compressed = nsa_span_triton.forward(q_RQHE, compressed_kv, start_R, of_blocks, scale)
             blocks_RQGS = nsa_choice_triton.choose_blocks(
-                q_RQHE, branches[0], start_R, compressed[1], num_keys, sizes, scale
+                q_RQHE, compressed_kv[0], start_R, compressed[1], num_keys, sizes, scale
             )
-            queries = nsa_selected_triton.tile_queries(q_RQHE.shape[2] // groups)
-            tiles = nsa_selected_triton.tiles_of(blocks_RQGS, triton.cdiv(num_keys, sizes.selected_length), queries)
-            selected = nsa_selected_triton.forward(
-                q_RQHE, *branches[2:4], start_R, tiles, sizes.selected_length, scale
-            )
-            window = nsa_span_triton.forward(q_RQHE, *branches[4:], start_R, of_tokens, scale)
+            queries = nsa_selected_triton.tile_queries(q_RQHE, groups)
+            tiles = nsa_selected_triton.tiles_of(blocks_RQGS, num_blocks, queries)
+            selected = nsa_selected_triton.forward(q_RQHE, selected_kv, start_R, tiles, sizes.selected_length, scale)
+            window = nsa_span_triton.forward(q_RQHE, window_kv, start_R, of_tokens, scale)
             out_RQHE = gated_sum(compressed[0], selected[0], window[0], gates_RQH3)
         ctx.sizes, ctx.scale = sizes, scale
         saved = (q_RQHE, *branches, gates_RQH3, start_R, blocks_RQGS, *tiles, *compressed, *selected, *window)
@@ -79,28 +85,20 @@ class _NativeSparseAttention(torch.autograd.Function):
         q_RQHE, *branches, gates_RQH3, start_R, blocks_RQGS = ctx.saved_tensors[:10]
         tiles = Tiles(*ctx.saved_tensors[10:13])
         compressed, of_compressed, selected, of_selected, window, of_window = ctx.saved_tensors[13:]
-        sizes, scale = ctx.sizes, ctx.scale
-        of_blocks, of_tokens = spans(sizes)
+        compressed_kv, selected_kv, window_kv = zip(branches[::2], branches[1::2], strict=True)
+        sizes, scale, (of_blocks, of_tokens) = ctx.sizes, ctx.scale, spans(ctx.sizes)
         with torch.cuda.device_of(q_RQHE):
             grad_out_RQHE = grad_out_RQHE.to(q_RQHE.dtype).contiguous()
             grad_gates_RQH3 = gate_gradients(grad_out_RQHE, compressed, selected, window)
             upstream = Upstream(grad_out_RQHE, gates_RQH3, grad_gates_RQH3)
             grad_q_RQHE, *grad_selected = nsa_selected_triton.backward(
-                q_RQHE,
-                branches[2:4],
-                start_R,
-                blocks_RQGS,
-                tiles,
-                of_selected,
-                upstream,
-                sizes.selected_length,
-                scale,
+                q_RQHE, selected_kv, start_R, blocks_RQGS, tiles, of_selected, upstream, sizes.selected_length, scale
             )
             grad_window = nsa_span_triton.backward(
-                q_RQHE, branches[4:], start_R, of_window, upstream, grad_q_RQHE, of_tokens, scale, 2
+                q_RQHE, window_kv, start_R, of_window, upstream, grad_q_RQHE, of_tokens, scale, 2
             )
             grad_compressed = nsa_span_triton.backward(
-                q_RQHE, branches[:2], start_R, of_compressed, upstream, grad_q_RQHE, of_blocks, scale, 0
+                q_RQHE, compressed_kv, start_R, of_compressed, upstream, grad_q_RQHE, of_blocks, scale, 0
             )
         grads = (grad_q_RQHE.to(q_RQHE.dtype), *grad_compressed, *grad_selected, *grad_window)
         return *grads, grad_gates_RQH3.to(gates_RQH3.dtype), None, None, None
@@ -182,6 +180,4 @@ def _by_lines(kernel: Any, x_RQHE: Tensor, *rest: Tensor) -> None:
     """Runs a kernel over all lines, in the order in which they lie in memory."""
     width = x_RQHE.shape[-1]
     num_lines, lines = x_RQHE.numel() // width, max(1, MIXED_NUMBERS // padded(width))
-    kernel[(triton.cdiv(num_lines, lines),)](
-        x_RQHE, *rest, num_lines, WIDTH=width, PADDED=padded(width), LINES=lines
-    )
+    kernel[(triton.cdiv(num_lines, lines),)](x_RQHE, *rest, num_lines, WIDTH=width, PADDED=padded(width), LINES=lines)
