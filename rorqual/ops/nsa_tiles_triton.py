@@ -47,6 +47,14 @@ class Plan(NamedTuple):
     key_backward: Tile
 
 
+class Upstream(NamedTuple):
+    """Of the gated sum: its gradient [R, Q, H, E], the gates, and their gradients in float32 [R, Q, H, 3]."""
+
+    grad_out: Tensor
+    gates: Tensor
+    grad_gates: Tensor
+
+
 def plan(x: Tensor) -> Plan:
     """For vectors of the last dimension of `x`."""
     width, roomy = padded(x.shape[-1]), shared_bytes(x.device) >= 160 << 10

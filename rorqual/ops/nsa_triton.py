@@ -20,11 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rorqual.ops import nsa_choice_triton, nsa_selected_triton, nsa_span_triton
+from rorqual.ops import (
+    nsa_choice_triton,
+    nsa_selected_backward_triton,
+    nsa_selected_triton,
+    nsa_span_backward_triton,
+    nsa_span_triton,
+)
 from rorqual.ops.nsa import BlockSizes, Branches
 from rorqual.ops.nsa_selected_triton import Tiles
-from rorqual.ops.nsa_span_triton import Span, Upstream
-from rorqual.ops.nsa_tiles_triton import NUM_BRANCHES, padded, put_vectors, vectors
+from rorqual.ops.nsa_span_triton import Span
+from rorqual.ops.nsa_tiles_triton import NUM_BRANCHES, Upstream, padded, put_vectors, vectors
 from rorqual.ops.numbers_triton import INTERPRETED
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,13 +97,13 @@ class _NativeSparseAttention(torch.autograd.Function):
             grad_out_RQHE = grad_out_RQHE.to(q_RQHE.dtype).contiguous()
             grad_gates_RQH3 = gate_gradients(grad_out_RQHE, compressed, selected, window)
             upstream = Upstream(grad_out_RQHE, gates_RQH3, grad_gates_RQH3)
-            grad_q_RQHE, *grad_selected = nsa_selected_triton.backward(
+            grad_q_RQHE, *grad_selected = nsa_selected_backward_triton.backward(
                 q_RQHE, selected_kv, start_R, blocks_RQGS, tiles, of_selected, upstream, sizes.selected_length, scale
             )
-            grad_window = nsa_span_triton.backward(
+            grad_window = nsa_span_backward_triton.backward(
                 q_RQHE, window_kv, start_R, of_window, upstream, grad_q_RQHE, of_tokens, scale, 2
             )
-            grad_compressed = nsa_span_triton.backward(
+            grad_compressed = nsa_span_backward_triton.backward(
                 q_RQHE, compressed_kv, start_R, of_compressed, upstream, grad_q_RQHE, of_blocks, scale, 0
             )
         grads = (grad_q_RQHE.to(q_RQHE.dtype), *grad_compressed, *grad_selected, *grad_window)

@@ -17,7 +17,9 @@ from rorqual.ops import (
     dispatch,
     nsa,
     nsa_choice_triton,
+    nsa_selected_backward_triton,
     nsa_selected_triton,
+    nsa_span_backward_triton,
     nsa_span_triton,
     nsa_tiles_triton,
     nsa_triton,
@@ -35,6 +37,8 @@ FREE = BlockSizes(length=6, stride=2, selected_length=4, num_selected=4, num_ini
 ADJACENT = BlockSizes(length=4, stride=4, selected_length=4, num_selected=3, num_initial=1, num_local=1, window=1000)
 FINER = BlockSizes(length=12, stride=4, selected_length=4, num_selected=5, num_initial=0, num_local=2, window=7)
 WIDE = BlockSizes(length=4, stride=1, selected_length=40, num_selected=2, num_initial=0, num_local=1, window=45)
+
+BACKWARD = (nsa_selected_backward_triton, nsa_span_backward_triton)
 
 SMALL = Plan(*[Tile(16, 16, 4, 1)] * 3)
 
@@ -93,11 +97,11 @@ def assert_like_the_twin(p: Problem, dtype: torch.dtype) -> None:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tiny problems have several tiles, some without a mask, items, parts and chunks."""
-    for module in (nsa_choice_triton, nsa_selected_triton, nsa_span_triton):
+    for module in (*BACKWARD, nsa_choice_triton, nsa_selected_triton, nsa_span_triton):
         monkeypatch.setattr(module, "plan", lambda x: SMALL)
-    monkeypatch.setattr(nsa_span_triton, "LEAST_PART", 12)
-    monkeypatch.setattr(nsa_span_triton, "MOST_PARTS", 3)
-    monkeypatch.setattr(nsa_selected_triton, "ITEM_LINES", 24)
+    monkeypatch.setattr(nsa_span_backward_triton, "LEAST_PART", 12)
+    monkeypatch.setattr(nsa_span_backward_triton, "MOST_PARTS", 3)
+    monkeypatch.setattr(nsa_selected_backward_triton, "ITEM_LINES", 24)
     monkeypatch.setattr(nsa_choice_triton, "SCRATCH_ELEMENTS", 100)
 
 
@@ -247,7 +251,7 @@ def test_a_tile_has_each_block_once_with_the_queries_that_selected_it(queries: i
 @pytest.mark.parametrize("item_queries", (1, 3, 100))
 def test_every_list_has_the_queries_of_its_block_in_order_and_enough_items(item_queries: int) -> None:
     blocks_RQGS = random_blocks(torch.Generator().manual_seed(0))
-    lists = nsa_selected_triton.lists_of(blocks_RQGS, 6, item_queries)
+    lists = nsa_selected_backward_triton.lists_of(blocks_RQGS, 6, item_queries)
     items = []
     for which in range(2 * 2 * 6):
         row, group, block = which // 12, which // 6 % 2, which % 6
