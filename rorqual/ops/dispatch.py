@@ -23,9 +23,17 @@ from rorqual.ops.nsa import BlockSizes, Branches
 Kernels = Literal["auto", "tiled", "compiled", "triton"]
 """auto: triton on CUDA, compiled on a CPU in float32, tiled elsewhere and where the extra is missing."""
 
-DSA: Final[Mapping[str, str]] = {"tiled": "rorqual.ops.dsa_tiled", "compiled": "rorqual.ops.dsa_numba"}
+DSA: Final[Mapping[str, str]] = {
+    "tiled": "rorqual.ops.dsa_tiled",
+    "compiled": "rorqual.ops.dsa_numba",
+    "triton": "rorqual.ops.dsa_triton",
+}
 
-NSA: Final[Mapping[str, str]] = {"tiled": "rorqual.ops.nsa_tiled", "compiled": "rorqual.ops.nsa_numba"}
+NSA: Final[Mapping[str, str]] = {
+    "tiled": "rorqual.ops.nsa_tiled",
+    "compiled": "rorqual.ops.nsa_numba",
+    "triton": "rorqual.ops.nsa_triton",
+}
 
 NEEDS: Final[Mapping[str, tuple[str, str]]] = {"compiled": ("numba", "cpu"), "triton": ("triton", "gpu")}
 """The package that an implementation is written in, and the extra that brings it."""
