@@ -17,7 +17,11 @@ from torch.autograd.function import once_differentiable
 
 from rorqual.ops.dsa_backward_triton import Saved, backward
 from rorqual.ops.dsa_forward_triton import forward
+from rorqual.ops.dsa_kl_triton import attention_recall, indexer_kl
+from rorqual.ops.dsa_select_triton import select_keys
 from rorqual.ops.numbers_triton import INTERPRETED
+
+__all__ = ["attention_recall", "indexer_kl", "select_keys", "sparse_attention"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
