@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from rorqual.ops import (
     nsa_choice_triton,
@@ -87,10 +88,12 @@ class _NativeSparseAttention(torch.autograd.Function):
         return out_RQHE
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_out_RQHE: Tensor) -> tuple[Tensor | None, ...]:
-        q_RQHE, *branches, gates_RQH3, start_R, blocks_RQGS = ctx.saved_tensors[:10]
-        tiles = Tiles(*ctx.saved_tensors[10:13])
-        compressed, of_compressed, selected, of_selected, window, of_window = ctx.saved_tensors[13:]
+        saved = ctx.saved_tensors
+        q_RQHE, *branches, gates_RQH3, start_R, blocks_RQGS = saved[:10]
+        tiles = Tiles(*saved[10:13])
+        compressed, of_compressed, selected, of_selected, window, of_window = saved[13:]
         compressed_kv, selected_kv, window_kv = zip(branches[::2], branches[1::2], strict=True)
         sizes, scale, (of_blocks, of_tokens) = ctx.sizes, ctx.scale, spans(ctx.sizes)
         with torch.cuda.device_of(q_RQHE):

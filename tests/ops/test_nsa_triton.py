@@ -99,7 +99,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that tiny problems have several tiles, some without a mask, items, parts and chunks."""
     for module in (*BACKWARD, nsa_choice_triton, nsa_selected_triton, nsa_span_triton):
         monkeypatch.setattr(module, "plan", lambda x: SMALL)
-    monkeypatch.setattr(nsa_span_backward_triton, "LEAST_PART", 12)
+    monkeypatch.setattr(nsa_span_backward_triton, "LEAST_PART", 20)
     monkeypatch.setattr(nsa_span_backward_triton, "MOST_PARTS", 3)
     monkeypatch.setattr(nsa_selected_backward_triton, "ITEM_LINES", 24)
     monkeypatch.setattr(nsa_choice_triton, "SCRATCH_ELEMENTS", 100)
@@ -132,7 +132,7 @@ def test_outputs_and_gradients_are_those_of_the_twin(case: Case) -> None:
     "case",
     (
         Case(WIDE, 1, 1, 16, 48, (3,), 45),
-        Case(FREE._replace(window=20), 1, 1, 16, 40, (0,), 40),
+        Case(FREE._replace(window=20), 1, 2, 16, 40, (0,), 40),
     ),
     ids=("pieces of blocks", "free"),
 )
@@ -180,21 +180,23 @@ def choices(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return ours, nsa.select_blocks(importance, p.position_RQ, p.sizes), importance
 
 
-@pytest.mark.parametrize("scratch", (1 << 20, 50))
+@pytest.mark.parametrize("small", (False, True), ids=("one tile", "tiles and chunks"))
 @pytest.mark.parametrize(
     ("case", "dtype"),
     (
         (Case(FREE, 2, 2, 16, 60, (0, 17), 43), torch.float32),
+        (Case(FREE, 1, 2, 16, 139, (130,), 9), torch.float32),
         (Case(FINER, 1, 3, 16, 50, (0,), 50), torch.bfloat16),
         (Case(ADJACENT._replace(num_selected=20), 1, 1, 16, 50, (0,), 50), torch.float32),
     ),
-    ids=("free", "finer in bfloat16", "room for all"),
+    ids=("free", "behind a prefix", "finer in bfloat16", "room for all"),
 )
 def test_the_chosen_blocks_are_those_of_the_twin(
-    case: Case, dtype: torch.dtype, scratch: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, dtype: torch.dtype, small: bool, request: pytest.FixtureRequest
 ) -> None:
     """Half precision chooses no worse: products, weights and sums of importance are float32."""
-    monkeypatch.setattr(nsa_choice_triton, "SCRATCH_ELEMENTS", scratch)
+    if small:
+        request.getfixturevalue("small_tiles")
     ours, twins, importance = choices(problem(case, dtype))
     assert ours.shape == twins.shape
     differ = (ours != twins).any(dim=-1)

@@ -29,7 +29,7 @@ KERNELS = {
 def test_kernels_compile_and_fit(capability: int, shared: int, tmp_path: Path) -> None:
     """An A100, an RTX, and an H100."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
     script = Path(__file__).with_name("compile_nsa_triton.py")
     answer = subprocess.run(
         [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False
