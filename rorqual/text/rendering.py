@@ -108,7 +108,7 @@ class Renderer:
     ) -> Iterator[Span]:
         message = messages[index]
         if message.role == "assistant":
-            yield from self._assistant(message, kept[index])
+            yield from self._assistant(message, kept[index], self._is_opened(messages, index, kept))
         elif message.role == "system":
             yield Span(message.content, "data")
             yield from sections
@@ -142,15 +142,20 @@ class Renderer:
 
     # ------------------------------------------------------------------------------------------------- what is said
 
-    def _assistant(self, message: Message, kept: bool) -> Iterator[Span]:
+    def _is_opened(self, messages: Sequence[Message], index: int, kept: Sequence[bool]) -> bool:
+        """Whether the header before the message holds the opening tag of its thinking."""
+        after_results = index > 0 and messages[index - 1].role == "tool"
+        header = self.format.results_header if after_results else self.format.user_header
+        return self.opens_thinking and kept[index] and THINK_OPEN in header.thinking
+
+    def _assistant(self, message: Message, kept: bool, opened: bool) -> Iterator[Span]:
         """Sampled is what can be learned from: a message whose thinking was dropped is not as it was said."""
         sampled = kept if self.thinks else not message.thinking
-        for span in self._spoken(message, kept and self.thinks):
+        for span in self._spoken(message, kept and self.thinks, opened):
             yield span._replace(sampled=sampled)
         yield Span(self.eos, "format", sampled)
 
-    def _spoken(self, message: Message, kept: bool) -> Iterator[Span]:
-        opened = kept and self.opens_thinking
+    def _spoken(self, message: Message, kept: bool, opened: bool) -> Iterator[Span]:
         if self.format.thinking == "one_block":
             text = join_thinking(message) if kept else message.content
             if opened:  # the header already holds the opening tag
@@ -202,11 +207,12 @@ class Renderer:
             yield Span(tags.parameters.close, "format")
 
     def _check_spelling(self, text: str, tag: str, what: str) -> None:
-        """Refuse a text that ends early when it is read: it holds the tag behind it, spelled in plain characters."""
-        if tag in text and not any(mark in tag for mark in self.protected):
+        """Refuse a text that would end early when it is read, because it spells the tag behind it."""
+        is_protected = any(mark in tag for mark in self.protected)
+        if not is_protected and (text + tag).find(tag) < len(text):
             raise ValueError(
-                f"The {what} {text[:80]!r} of a call holds {tag!r}, which would end it. The format has no escape: "
-                "use a tokenizer with the format's control tokens, or another text."
+                f"The {what} {text[:80]!r} of a call spells {tag!r}, which would end it. The format has no escape: use "
+                "another text, or a tokenizer with the format's control tokens."
             )
 
     # --------------------------------------------------------------------------------------------------- tool results
