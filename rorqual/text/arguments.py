@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 100
@@ -42,14 +43,11 @@ def _refuse_constant(name: str) -> None:
 
 def _is_shallow(value: Any) -> bool:
     """Whether `value` is nested no deeper than `MAX_DEPTH`, level by level."""
-    level = [value]
-    for _ in range(MAX_DEPTH + 1):
-        level = [
-            child
-            for each in level
-            if isinstance(each, dict | list)
-            for child in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
-            return True
-    return False
+    level = _containers([value])
+    for _ in range(MAX_DEPTH):
+        level = [child for each in level for child in _containers(each.values() if isinstance(each, dict) else each)]
+    return not level
+
+
+def _containers(values: Iterable[Any]) -> list[Any]:
+    return [value for value in values if isinstance(value, dict | list)]

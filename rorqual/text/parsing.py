@@ -246,14 +246,13 @@ class CallReader:
 
     def _call(self, cursor: _Cursor) -> tuple[ToolCall, list[Problem]]:
         start = cursor.position
-        name = self._clean(*cursor.until(self._tags.arguments))
+        name, _ = cursor.until(self._tags.arguments, self._marks)
         problems = list[Problem]()
         if self._grammar.tools is not None and name not in self._grammar.tools:
             problems.append(Problem(kind="unknown_tool", position=start, raw=name))
         if self._tags.parameters is None:
-            text, position = cursor.until(self._tags.call_close)
-            arguments = self._clean(text, position)
-            problems += _json_problem(read_object, text, position)
+            arguments, position = cursor.until(self._tags.call_close, self._marks)
+            problems += _json_problem(read_object, arguments, position)
         else:
             arguments, found = self._parameters(cursor, self._tags.parameters)
             problems += found
@@ -266,13 +265,11 @@ class CallReader:
         problems = list[Problem]()
         opening = tags.open
         while cursor.take(opening, self._tags.call_close) == opening:
-            name, position = cursor.until(tags.kind)
-            self._clean(name, position)
+            name, _ = cursor.until(tags.kind, self._marks)
             if name in values:
                 raise _BrokenError
             is_string = cursor.take("true" + tags.value, "false" + tags.value).startswith("true")
-            text, position = cursor.until(tags.close)
-            self._clean(text, position)
+            text, position = cursor.until(tags.close, self._marks)
             marks = self._grammar.format.marks
             problems += special_tokens(self._transcript, marks, position, position + len(text))
             wrong = [] if is_string else _json_problem(read_json, text, position)
@@ -280,12 +277,6 @@ class CallReader:
             values[name] = write_json(text) if is_string or wrong else text
             opening = tags.separator + tags.open
         return "{" + ", ".join(f"{write_json(name)}: {value}" for name, value in values.items()) + "}", problems
-
-    def _clean(self, text: str, position: int) -> str:
-        """`text`, unless a control token of the calls is in it: then a tag is missing, and the call reaches too far."""
-        if any(self._transcript.find(mark, position, position + len(text)) >= 0 for mark in self._marks):
-            raise _BrokenError
-        return text
 
 
 class _EndOfTextError(Exception):
@@ -314,13 +305,26 @@ class _Cursor:
             raise _EndOfTextError
         raise _BrokenError
 
-    def until(self, tag: str) -> tuple[str, int]:
-        """The text before the next `tag`, and where it begins; steps over both."""
+    def until(self, tag: str, marks: Collection[str]) -> tuple[str, int]:
+        """The text before the next `tag`, and where it begins; steps over both.
+
+        One of `marks` before the tag means that a tag is missing, and that the text would reach too far.
+        """
         start, end = self.position, self.transcript.find(tag, self.position)
+        stop = end if end >= 0 else len(self.transcript.text)
+        for mark in marks:
+            position = self.transcript.find(mark, start, stop)
+            if position >= 0 and not (end < 0 and self._may_become(tag, mark, position)):
+                raise _BrokenError
         if end < 0:
             raise _EndOfTextError
         self.position = end + len(tag)
         return self.transcript.text[start:end], start
+
+    def _may_become(self, tag: str, mark: str, position: int) -> bool:
+        """Whether `tag`, of which `mark` at `position` is a part, may be what the text ends within."""
+        begin = position - tag.find(mark)
+        return mark in tag and begin >= self.position and tag.startswith(self.transcript.text[begin:])
 
     def _is_near_end(self, tags: Collection[str]) -> bool:
         return len(self.transcript.text) - self.position <= max(map(len, tags))

@@ -161,7 +161,9 @@ class StreamParser:
     def _certain(self, tag: str) -> int:
         """Where the text ends that cannot be the beginning of `tag`, nor of the token that ends it."""
         text = self._transcript.text
-        return len(text) - max(_overlap(text, tag), _overlap(text, self._eos), 0)
+        if self._eos and text.endswith(self._eos):
+            return len(text) - len(self._eos)
+        return len(text) - max(_overlap(text, tag), _overlap(text, self._eos))
 
 
 class TokenStream:
