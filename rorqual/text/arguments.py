@@ -13,7 +13,8 @@ MAX_DEPTH = 100
 def read_json(text: str) -> Any:
     """The value of JSON text.
 
-    Raises: ValueError for anything else, such as NaN and Infinity, and for nesting beyond `MAX_DEPTH`.
+    Raises: ValueError for anything else, and for what could not be written again: NaN, numbers too large for a float,
+    lone surrogates, nesting beyond `MAX_DEPTH`.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -21,12 +22,16 @@ def read_json(text: str) -> Any:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
     if not _is_shallow(value):
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    write_json(value).encode()
     return value
 
 
 def write_json(value: Any) -> str:
-    """JSON text as DeepSeek writes it: a space after commas and colons, other scripts as they are."""
-    return json.dumps(value, ensure_ascii=False)
+    """JSON text as DeepSeek writes it: a space after commas and colons, other scripts as they are.
+
+    Raises: ValueError for NaN and infinite numbers.
+    """
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def read_object(text: str) -> dict[str, Any]:

@@ -138,7 +138,10 @@ def test_calls_inside_the_thinking_are_not_made() -> None:
     assert {(kind, raw) for kind, _, raw in found(closed)} == {("special_token", "｜DSML｜")}
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "1,", "", "[" * 5000, "[" * 101 + "]" * 101, "9" * 5000, "'a'"])
+NO_JSON = ["NaN", "Infinity", "1e999", '"\\ud800"', "1,", "", "[" * 5000, "[" * 101 + "]" * 101, "9" * 5000, "'a'"]
+
+
+@pytest.mark.parametrize("value", NO_JSON)
 def test_what_is_no_json_is_kept_as_a_string(value: str) -> None:
     parsed = read("</think>" + OPEN + invoke(parameter("n", value, "false")) + CLOSE)
     assert [problem.kind for problem in parsed.problems] == ["bad_json"]
