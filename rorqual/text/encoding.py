@@ -147,7 +147,7 @@ class Encoding:
         if ids and ids[-1] in self._silent_stops:
             ids.pop()
         detokenizer = Detokenizer(self.tokenizer)
-        grammar = self._grammar(tools, after_results, call_prefix)
+        grammar = self.grammar(tools, after_results, call_prefix)
         transcript = Transcript.of_pieces([*detokenizer.feed(ids), *detokenizer.finish()], self._protected)
         return parse(transcript, grammar)
 
@@ -155,9 +155,12 @@ class Encoding:
         self, tools: Sequence[ToolSpec] | None = None, after_results: bool = False, call_prefix: str = "call_"
     ) -> TokenStream:
         """The same for ids as they are drawn."""
-        return TokenStream(self.tokenizer, self._grammar(tools, after_results, call_prefix), self._silent_stops)
+        return TokenStream(self.tokenizer, self.grammar(tools, after_results, call_prefix), self._silent_stops)
 
-    def _grammar(self, tools: Sequence[ToolSpec] | None, after_results: bool, call_prefix: str) -> Grammar:
+    def grammar(
+        self, tools: Sequence[ToolSpec] | None = None, after_results: bool = False, call_prefix: str = "call_"
+    ) -> Grammar:
+        """How a completion is read; arguments as in `parse`. `text.parsing.parse_text` takes it for text alone."""
         header = self.format.results_header if after_results else self.format.user_header
         return Grammar(
             format=self.format,

@@ -230,6 +230,7 @@ def test_a_stream_reads_what_will_be_read() -> None:
     assert join_deltas([*deltas, last]).tool_calls == parsed.message.tool_calls
 
 
+DROPPING_CHAT = encoding("chat", open_thinking=False, retention="since_last_user")
 SAID = st.lists(
     st.sampled_from([*SPELLED, GOOD, OPEN, CLOSE, "\n", "</think>"]) | st.text(max_size=4), min_size=1, max_size=8
 ).map(lambda pieces: ids_of("".join(pieces) + "x"))
@@ -238,7 +239,9 @@ SAID = st.lists(
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(SAID | st.just(ids_of(TWO_CALLS)), st.booleans()), min_size=1, max_size=6),
-    st.sampled_from([V32, DIRECT, encoding(retention="all"), encoding(retention="none"), encoding("chat")]),
+    st.sampled_from(
+        [V32, DIRECT, encoding(retention="all"), encoding(retention="none"), encoding("chat"), DROPPING_CHAT]
+    ),
 )
 def test_whatever_is_drawn(turns: list[tuple[array[int], bool]], chosen: Encoding) -> None:
     """Tools and users answer whatever a policy draws: its tokens stand in the segments in order, once, no others."""

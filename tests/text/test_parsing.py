@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rorqual.records import Message, ToolSpec
 from rorqual.text.arguments import read_json, read_object
+from rorqual.text.encoding import Encoding
 from rorqual.text.formats import CHAT, DEEPSEEK_V3, DEEPSEEK_V32
 from rorqual.text.parsing import CallReader, Grammar, Parsed, Transcript, parse_text
 from tests.text.conversations import DIRECT, SPELLED, TOKENIZER, V32, encoding, ids_of
@@ -27,7 +28,7 @@ def parameter(name: str, value: str, string: str = "true") -> str:
     return f'<｜DSML｜parameter name="{name}" string="{string}">{value}</｜DSML｜parameter>'
 
 
-def read(text: str, chosen=V32) -> Parsed:
+def read(text: str, chosen: Encoding = V32) -> Parsed:
     return chosen.parse(ids_of(text), [FIND])
 
 

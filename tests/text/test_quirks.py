@@ -88,7 +88,7 @@ def test_q6_an_argument_may_spell_the_tag_that_closes_it_where_tags_are_tokens()
     parsed = bare.parse(BARE.encode(drawn_as_text, allow_special=True))
     assert [problem.kind for problem in parsed.problems] == ["malformed_call"]
     assert parsed.problems[0].raw == parsed.message.content == drawn_as_text.removeprefix("</think>")
-    assert parse_text(drawn_as_text, V32._grammar(None, False, "call_")).problems == parsed.problems
+    assert parse_text(drawn_as_text, V32.grammar()).problems == parsed.problems
 
 
 @pytest.mark.parametrize("name", ['a">\nb', 'a" string="'])
