@@ -39,7 +39,10 @@ class Record(msgspec.Struct, metaclass=_RecordMeta, frozen=True, forbid_unknown_
 
 
 class ToolCall(Record):
-    """One call of a tool by the model: `ToolCall(id="c1", name="add", arguments='{"a": 1, "b": 2}')`."""
+    """One call of a tool by the model; `arguments` is JSON text, `id` is unique in its conversation.
+
+    `ToolCall(id="c1", name="add", arguments='{"a": 1, "b": 2}')`
+    """
 
     id: str
     name: str
@@ -60,10 +63,11 @@ class ToolSpec(Record):
 class Message(Record):
     """One message. Thinking is kept apart from content, so that a retention policy can drop the one without the other.
 
+    A developer message begins a user turn, as a user message does. A tool message names the call that it answers.
     `Message(role="assistant", thinking="4+3=7", content="<answer>7</answer>")`
     """
 
-    role: Literal["system", "user", "assistant", "tool"]
+    role: Literal["system", "user", "developer", "assistant", "tool"]
     content: str = ""
     thinking: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
@@ -201,12 +205,16 @@ class Completion(Record):
 # ------------------------------------------------------------------------------------------------------ trajectory
 
 
+BreakReason = Literal["new_user", "tool_results", "summary", "discard_75", "discard_all"]
+
+
 class Segment(Record):
     """One exact token context; inside a segment the context only grows.
 
     All columns but `kept`, `routes` and `selections` have one entry a token. `sampled` is 1 where the policy drew the
     token, `logprobs` and `entropies` are 0 elsewhere. `kept` has one set for each sampled token; `routes` and
-    `selections` one row for each token but the last.
+    `selections` one row for each token but the last. A segment that rewrites an earlier one of its trajectory names it:
+    `parent` is its index, `break_reason` why it was left.
     `Segment(token_ids=array("i", [1, 44, 7]), sampled=array("b", [0, 0, 1]), logprobs=array("f", [0, 0, -0.5]), ...)`
     """
 
@@ -220,7 +228,7 @@ class Segment(Record):
     routes: Routes | None = None
     selections: Selections | None = None
     parent: int | None = None
-    break_reason: Literal["new_user", "summary", "discard_75", "discard_all"] | None = None
+    break_reason: BreakReason | None = None
 
     @property
     def num_sampled(self) -> int:

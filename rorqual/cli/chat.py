@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-
 from rich.console import Console
 from rich.text import Text
 
@@ -12,6 +10,7 @@ from rorqual.cli.policies import Policy
 from rorqual.engines.local import LocalEngine
 from rorqual.envs.dialogue import DialogueEnvironment
 from rorqual.records import GenerateRequest, Message, SamplingParams, Task
+from rorqual.text.conversation import Conversation
 
 
 class WindowFullError(ValueError):
@@ -43,7 +42,7 @@ class Speaker:
         self._max_new_tokens = max_new_tokens
         self._temperature, self._top_p, self._seed = temperature, top_p, seed
         self._turns = 0
-        self._context = array("i")
+        self._conversation: Conversation | None = None
         self._params(1)
 
     def answer(self, question: str) -> Message:
@@ -52,13 +51,14 @@ class Speaker:
             task_id="chat", environment="dialogue", domain="", messages=(Message(role="user", content=question),)
         )
         messages = self._environment.start(task)
-        if self._context and not self.single_turn:
-            prompt = self._context + self._encoding.follow_up(messages[-1:], self._context[-1])
+        if self._conversation is None or self.single_turn:
+            self._conversation = Conversation(self._encoding, messages)
         else:
-            prompt = self._encoding.prompt(messages)
+            self._conversation.append(messages[-1:])
+        prompt = self._conversation.prompt_ids
         room = self._engine.context_window - len(prompt)
         if room < 1:
-            self._context = array("i")
+            self._conversation = None
             raise WindowFullError(
                 f"With this question the conversation fills the window of {self._engine.context_window} tokens; ask a "
                 "shorter one, or start a new conversation."
@@ -66,8 +66,7 @@ class Speaker:
         request = GenerateRequest(request_id=str(self._turns), prompt_ids=prompt, params=self._params(room))
         (completion,) = self._engine.generate([request])
         self._turns += 1
-        self._context = prompt + completion.token_ids
-        return self._encoding.parse(completion.token_ids)
+        return self._conversation.append_sampled(completion).message
 
     def _params(self, room: int) -> SamplingParams:
         return SamplingParams(

@@ -18,7 +18,8 @@ from rorqual.records import Task
 from rorqual.rewards.rules import RewardConfig
 from rorqual.store.files import StoreError
 from rorqual.store.run import Run
-from rorqual.text.encoding import CONVERSATION_TEMPLATE, Encoding, EncodingConfig
+from rorqual.text.encoding import Encoding, EncodingConfig
+from rorqual.text.formats import CONVERSATION_TEMPLATE
 from rorqual.text.tokenizer import Tokenizer
 from rorqual.train.checkpoint import load_weights
 

@@ -80,8 +80,8 @@ def corpus_texts(corpus: Corpus, num_documents: int) -> Iterator[str]:
 def encode_document(document: Document, encoding: Encoding, prompt_weight: float) -> tuple[array[int], array[float]]:
     """Ids and loss weights of one document as the conversation that RL will sample: question, then response."""
     messages = (Message(role="user", content=document.question), Message(role="assistant", content=document.response))
-    ids, sampled = encoding.conversation(messages)
-    return ids, array("f", [1.0 if each else prompt_weight for each in sampled])
+    rendered = encoding.render(messages)
+    return rendered.token_ids, array("f", [1.0 if each else prompt_weight for each in rendered.sampled])
 
 
 def run_pretrain(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 from array import array
 from collections.abc import Generator, Sequence
 
@@ -20,16 +19,14 @@ from rorqual.records import (
     EndReason,
     Evidence,
     GenerateRequest,
-    KeptTokens,
     Message,
     Record,
-    Routes,
     SamplingParams,
     Segment,
-    Selections,
     Task,
     Trajectory,
 )
+from rorqual.text.conversation import Conversation
 from rorqual.text.encoding import Encoding
 from rorqual.text.response import join_thinking
 
@@ -89,117 +86,30 @@ def run_episode(
     - environment_failed: the environment raised, or gave messages that cannot be encoded; `error` says what.
     Raises: ValueError when a completion breaks the engine's contract.
     """
-    context = Context()
-    messages: list[Message] = []
+    conversation: Conversation | None = None
     for turn in itertools.count():
         try:
-            new = environment.respond(task, messages) if turn else environment.start(task)
-            ids = _render(task, encoding, context, new)
+            if conversation is None:
+                new = environment.start(task)
+                conversation = Conversation(encoding, new, task.tools)
+            else:
+                new = environment.respond(task, conversation.messages)
+                conversation.append(new)
         except Exception as failure:  # noqa: BLE001  an environment may fail in any way; the episode is still reported
-            return _trajectory(task, key, environment, context, messages, "environment_failed", describe(failure))
-        messages.extend(new)
-        end, error = _ends_before_turn(turn, len(new), len(context.token_ids) + len(ids), config)
+            return _trajectory(task, key, environment, conversation, "environment_failed", describe(failure))
+        end, error = _ends_before_turn(turn, len(new), len(conversation.prompt_ids), config)
         if end is None:
-            context.append_given(ids)
-            completion = yield _request(key, turn, context, encoding, config)
-            context.append_completion(completion)
-            messages.append(encoding.parse(completion.token_ids))
+            completion = yield _request(key, turn, conversation.prompt_ids, encoding, config)
+            conversation.append_sampled(completion)
             end = "length" if completion.finish_reason == "length" else None
         if end is not None:
-            return _trajectory(task, key, environment, context, messages, end, error)
+            return _trajectory(task, key, environment, conversation, end, error)
     raise AssertionError("unreachable: the loop ends by returning")
 
 
 def describe(failure: Exception) -> str:
     """`ValueError: what it said`."""
     return f"{type(failure).__name__}: {failure}"
-
-
-class Context:
-    """The columns of one Segment while it grows."""
-
-    def __init__(self) -> None:
-        self.token_ids = array("i")
-        self._sampled = array("b")
-        self._logprobs = array("f")
-        self._entropies = array("f")
-        self._kept_mass = array("f")
-        self._kept: KeptTokens | None = KeptTokens(offsets=array("q", [0]), ids=array("i"))
-        self._routes: Routes | None = None
-        self._selections: Selections | None = None
-        self._weight_versions: list[int] = []
-
-    def append_given(self, ids: array[int]) -> None:
-        """Tokens that the policy did not draw."""
-        self._append(ids, 0, array("f", bytes(4 * len(ids))), array("f", bytes(4 * len(ids))))
-
-    def append_completion(self, completion: Completion) -> None:
-        """Tokens that it drew. Raises: ValueError when the columns of the completion differ in length."""
-        self._append(completion.token_ids, 1, completion.logprobs, completion.entropies)
-        self._check(completion)
-        self._kept_mass += completion.kept_mass
-        self._kept = _joined(self._kept, completion.kept)
-        self._routes, self._selections = completion.routes, completion.selections
-        self._weight_versions.append(completion.weight_version)
-
-    def segment(self) -> Segment:
-        """The Segment so far; it must end with a completion.
-
-        Its weight version is the oldest of its completions, its kept mass the mean over sampled tokens.
-        """
-        return Segment(
-            token_ids=self.token_ids,
-            sampled=self._sampled,
-            logprobs=self._logprobs,
-            entropies=self._entropies,
-            weight_version=min(self._weight_versions),
-            kept=self._kept,
-            kept_mass=math.fsum(self._kept_mass) / len(self._kept_mass),
-            routes=self._routes,
-            selections=self._selections,
-        )
-
-    @property
-    def has_sampled(self) -> bool:
-        return bool(self._weight_versions)
-
-    def _append(self, ids: array[int], sampled: int, logprobs: array[float], entropies: array[float]) -> None:
-        self.token_ids = self.token_ids + ids
-        self._sampled = self._sampled + array("b", [sampled]) * len(ids)
-        self._logprobs = self._logprobs + logprobs
-        self._entropies = self._entropies + entropies
-
-    def _check(self, completion: Completion) -> None:
-        drawn, fed = len(completion.token_ids), len(self.token_ids) - 1
-        expected = {"token_ids": max(drawn, 1), "logprobs": drawn, "entropies": drawn, "kept_mass": drawn}
-        lengths = {name: len(getattr(completion, name)) for name in expected}
-        if completion.kept is not None:
-            expected["kept"], lengths["kept"] = drawn, len(completion.kept)
-        for name in ("routes", "selections"):
-            replayed = getattr(completion, name)
-            if replayed is not None:
-                expected[name], lengths[name] = fed, len(replayed)
-        if lengths != expected:
-            raise ValueError(
-                f"Completion {completion.request_id} has columns of lengths {lengths}, expected {expected}: "
-                "the engine breaks its contract."
-            )
-
-
-def _joined(kept: KeptTokens | None, more: KeptTokens | None) -> KeptTokens | None:
-    if kept is None or more is None:
-        return None
-    shift = kept.offsets[-1]
-    return KeptTokens(offsets=kept.offsets + array("q", [shift + o for o in more.offsets[1:]]), ids=kept.ids + more.ids)
-
-
-def _render(task: Task, encoding: Encoding, context: Context, new: Sequence[Message]) -> array[int]:
-    if context.has_sampled:
-        return encoding.follow_up(new, context.token_ids[-1]) if new else array("i")
-    ids = encoding.prompt(new, task.tools)
-    if not ids:
-        raise ValueError("The task is encoded as no token at all; a policy needs one to start from.")
-    return ids
 
 
 def _ends_before_turn(
@@ -216,28 +126,28 @@ def _ends_before_turn(
 
 
 def _request(
-    key: EpisodeKey, turn: int, context: Context, encoding: Encoding, config: EpisodeConfig
+    key: EpisodeKey, turn: int, prompt_ids: array[int], encoding: Encoding, config: EpisodeConfig
 ) -> GenerateRequest:
-    room = config.context_window - len(context.token_ids)
+    room = config.context_window - len(prompt_ids)
     params = msgspec.structs.replace(
         config.sampling,
         max_new_tokens=min(config.sampling.max_new_tokens, room),
         stop_token_ids=encoding.stop_token_ids,
         seed=key.seed(turn),
     )
-    return GenerateRequest(request_id=key.request_id(turn), prompt_ids=context.token_ids, params=params)
+    return GenerateRequest(request_id=key.request_id(turn), prompt_ids=prompt_ids, params=params)
 
 
 def _trajectory(
     task: Task,
     key: EpisodeKey,
     environment: Environment,
-    context: Context,
-    messages: Sequence[Message],
+    conversation: Conversation | None,
     end: EndReason,
     error: str | None,
 ) -> Trajectory:
-    segments = (context.segment(),) if context.has_sampled else ()
+    messages = conversation.messages if conversation else ()
+    segments = conversation.segments() if conversation else ()
     try:
         evidence = environment.evidence(task, messages, segments, end)
     except Exception as failure:  # noqa: BLE001  as above: what was sampled is not thrown away
@@ -249,7 +159,7 @@ def _trajectory(
         group_id=key.group_id,
         domain=task.domain,
         segments=segments,
-        messages=tuple(messages),
+        messages=messages,
         evidence=evidence,
         end=end,
         error=error,

@@ -45,6 +45,7 @@ class Tokenizer:
 
     special_tokens: name -> text, of those names in `SPECIAL_TOKENS` that this vocabulary has; a
     `tokenizer_config.json` beside the `tokenizer.json` decides what bos, eos and pad are.
+    control_tokens: id -> text of every token that plain text never becomes, those special tokens among them.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, special_tokens: Mapping[str, str] | None = None) -> None:
@@ -59,6 +60,7 @@ class Tokenizer:
         self._special_names = {name: int(vocabulary[text]) for name, text in self.special_tokens.items()}
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         self._control = {token.content: index for index, token in backend.get_added_tokens_decoder().items()}
+        self.control_tokens: dict[int, str] = {index: text for text, index in self._control.items()}
         self._plain = _without_added_tokens(backend)
 
     @classmethod

@@ -5,12 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import strategies as st
 
 from rorqual.records import (
+    BreakReason,
     Evidence,
     KeptTokens,
     Message,
@@ -88,14 +89,14 @@ def segments(draw: st.DrawFn) -> Segment:
         routes=draw(st.none() | st.just(Routes(experts=experts, num_layers=2, experts_per_token=2))),
         selections=draw(st.none() | st.just(Selections(positions=keys, num_layers=1, top_k=3))),
         parent=draw(st.none() | st.integers(0, 5)),
-        break_reason=draw(st.sampled_from([None, "new_user", "summary", "discard_75", "discard_all"])),
+        break_reason=draw(st.sampled_from([None, *get_args(BreakReason)])),
     )
 
 
 CALLS = st.builds(ToolCall, id=WORDS, name=WORDS, arguments=WORDS)
 MESSAGES = st.builds(
     Message,
-    role=st.sampled_from(["system", "user", "assistant", "tool"]),
+    role=st.sampled_from(["system", "user", "developer", "assistant", "tool"]),
     content=WORDS,
     thinking=WORDS,
     tool_calls=st.lists(CALLS, max_size=2).map(tuple),

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rorqual.records import Message, ToolSpec
-from rorqual.text.encoding import CONVERSATION_TEMPLATE, Encoding, EncodingConfig
+from rorqual.text.encoding import Encoding, EncodingConfig
+from rorqual.text.formats import CONVERSATION_TEMPLATE
 from rorqual.text.response import join_thinking, parse_response
 from rorqual.text.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
@@ -50,9 +51,9 @@ def test_turns_only_ever_append_and_equal_the_whole_conversation(turns: list[tup
         said = "</think>" * opened + answer
         ids += array("i", [TOKENIZER.special_id("think_close")] * opened) + TOKENIZER.encode(answer) + array("i", [end])
         messages += [user, Message(role="assistant", content=said.removeprefix("</think>"))]
-    whole, sampled = encoding.conversation(messages)
-    assert ids == whole
-    assert sum(sampled) == sum(len(TOKENIZER.encode(answer)) + 1 + opened for _, answer in turns)
+    whole = encoding.render(messages)
+    assert ids == whole.token_ids
+    assert sum(whole.sampled) == sum(len(TOKENIZER.encode(answer)) + 1 + opened for _, answer in turns)
 
 
 def test_a_follow_up_closes_a_turn_that_ended_otherwise() -> None:
@@ -65,37 +66,39 @@ def test_a_follow_up_closes_a_turn_that_ended_otherwise() -> None:
 @given(thinking=TEXTS.filter(bool), content=TEXTS)
 def test_parsing_undoes_rendering(encoding: Encoding, thinking: str, content: str) -> None:
     message = Message(role="assistant", thinking=thinking, content=content)
-    ids, sampled = encoding.conversation([USER, message])
+    rendered = encoding.render([USER, message])
+    ids, sampled = rendered.token_ids, rendered.sampled
     start = sampled.index(1)
     assert ids[:start] == encoding.prompt([USER])
-    assert encoding.parse(ids[start:]) == message
+    assert encoding.parse(ids[start:]).message == message
 
 
 @pytest.mark.parametrize("encoding", [PLAIN, OPEN])
 @given(ids=st.lists(st.integers(0, TOKENIZER.vocab_size - 1)))
 def test_parsing_never_fails_and_loses_nothing(encoding: Encoding, ids: list[int]) -> None:
-    message = encoding.parse(ids)
+    message = encoding.parse(ids).message
     text = ("<think>" if encoding is OPEN else "") + TOKENIZER.decode(ids[:-1] if ids and ids[-1] == 1 else ids)
     assert join_thinking(message) == (text.lstrip() if message.thinking else text)
 
 
 @pytest.mark.parametrize("text", ["4+3=7", "<think>4+3=7", "a</think>b</think>", "x<think>a</think>", ""])
 def test_malformed_thinking_is_content(text: str) -> None:
-    message = PLAIN.parse(TOKENIZER.encode(text, allow_special=True))
+    message = PLAIN.parse(TOKENIZER.encode(text, allow_special=True)).message
     assert message == Message(role="assistant", content=text)
 
 
 def test_with_opened_thinking_the_reward_sees_a_well_formed_response() -> None:
     ids = TOKENIZER.encode("4+3=7</think> <answer>7</answer><｜end▁of▁sentence｜>", allow_special=True)
-    assert parse_response(join_thinking(OPEN.parse(ids))).well_formed
-    assert not parse_response(join_thinking(PLAIN.parse(ids))).well_formed
+    assert parse_response(join_thinking(OPEN.parse(ids).message)).well_formed
+    assert not parse_response(join_thinking(PLAIN.parse(ids).message)).well_formed
     twice = TOKENIZER.encode("<think>4+3=7</think> <answer>7</answer>", allow_special=True)
-    assert not parse_response(join_thinking(OPEN.parse(twice))).well_formed
+    assert not parse_response(join_thinking(OPEN.parse(twice).message)).well_formed
 
 
 def test_supervised_flags_mark_what_the_assistant_says() -> None:
     said = Message(role="assistant", thinking="4+3=7", content=" <answer>7</answer>")
-    ids, sampled = PLAIN.conversation([USER, said])
+    rendered = PLAIN.render([USER, said])
+    ids, sampled = rendered.token_ids, rendered.sampled
     trained = array("i", [index for index, flag in zip(ids, sampled, strict=True) if flag])
     text = "<think>4+3=7</think> <answer>7</answer><｜end▁of▁sentence｜>"
     assert trained == TOKENIZER.encode(text, allow_special=True)
@@ -110,7 +113,8 @@ def test_a_template_takes_the_place_of_chat_tokens() -> None:
         encoding.follow_up([USER], 1)
     with pytest.raises(ValueError, match="exactly one user message"):
         encoding.prompt([Message(role="system", content="x"), USER])
-    ids, sampled = encoding.conversation([USER, Message(role="assistant", thinking="a", content="b")])
+    rendered = encoding.render([USER, Message(role="assistant", thinking="a", content="b")])
+    ids, sampled = rendered.token_ids, rendered.sampled
     assert ids[: sampled.index(1)] == encoding.prompt([USER])
 
 
@@ -126,8 +130,8 @@ def test_a_base_model_without_chat_tokens_needs_a_template() -> None:
 def test_stop_tokens() -> None:
     encoding = Encoding(TOKENIZER, EncodingConfig(stop=("</answer>", "<｜User｜>")))
     assert encoding.stop_token_ids == (1, 9, 3)
-    assert encoding.parse([8, 9]).content == "<answer></answer>"
-    assert encoding.parse([8, 3]).content == "<answer>"
+    assert encoding.parse([8, 9]).message.content == "<answer></answer>"
+    assert encoding.parse([8, 3]).message.content == "<answer>"
     with pytest.raises(ValueError, match="not a special token"):
         Encoding(TOKENIZER, EncodingConfig(stop=("\n",)))
 
