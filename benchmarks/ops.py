@@ -19,7 +19,8 @@ from common import SEED, conditions, markdown_table, memory_at_rest, memory_peak
 from torch import Tensor
 
 from rorqual.models.index_keys import pack_index_keys, unpack_index_keys
-from rorqual.ops import dsa, dsa_numba, dsa_tiled
+from rorqual.ops import dsa, dsa_tiled
+from rorqual.ops.cpu import dsa as dsa_cpu
 from rorqual.ops.dispatch import dsa_kernels
 
 DECODED = 20
@@ -79,7 +80,7 @@ class Sparse:
         self.selected = torch.empty(0)
 
     def score(self) -> None:
-        dsa_numba.for_each_tile_of_ranks(self.layer.index, self.layer.last, None, lambda row, tile, ranks: None)
+        dsa_cpu.for_each_tile_of_ranks(self.layer.index, self.layer.last, None, lambda row, tile, ranks: None)
 
     def select(self) -> None:
         self.selected = self.kernels.select_keys(self.layer.index, self.layer.last, None, self.top_k)

@@ -33,7 +33,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from rorqual.ops import dispatch, dsa, dsa_tiled, dsa_triton, nsa
+from rorqual.ops import dispatch, dsa, dsa_tiled, nsa
+from rorqual.ops.gpu import dsa as dsa_gpu
 
 PARTS = ("attention", "decode", "select", "kl", "nsa")
 FLUSHED_BYTES = 256 << 20
@@ -218,7 +219,7 @@ def sparse_builder(
         inputs, v = [q, k], k[..., : shape.value_width]
         if not chosen.values_in_keys:
             inputs.append(v := random(chosen.device, *v.shape))
-        return inputs, lambda: dsa_triton.sparse_attention(q, k, v, selected, shape.width**-0.5)
+        return inputs, lambda: dsa_gpu.sparse_attention(q, k, v, selected, shape.width**-0.5)
 
     return build
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "rorqual"
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 100
 MAX_INHERITANCE_DEPTH = 1
-KERNELS = "_triton.py"
+KERNELS = PACKAGE / "ops" / "gpu"
 """A kernel is one function by nature; such files are free of the limit on functions."""
 
 
@@ -27,7 +27,7 @@ def test_files_are_within_their_limit() -> None:
 
 
 def test_functions_are_within_their_limit() -> None:
-    files = [path for path in PACKAGE.rglob("*.py") if not path.name.endswith(KERNELS)]
+    files = [path for path in PACKAGE.rglob("*.py") if path.parent != KERNELS]
     found = [f"{path}: {line}" for path in files for line in long_functions(path.read_text(), MAX_FUNCTION_LINES)]
     assert found == []
 

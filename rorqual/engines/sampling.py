@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual.ops.compiled import array, serves
-from rorqual.ops.draw_numba import draw_whole
+from rorqual.ops.cpu.compiled import array, serves
+from rorqual.ops.cpu.draw import draw_whole
 from rorqual.records import SamplingParams
 
 FIRST_CANDIDATES = 64

@@ -22,8 +22,8 @@ from rorqual.models.config import MLAConfig, ModelConfig
 from rorqual.models.layout import AttentionBlock, PackedLayout
 from rorqual.models.pointwise import RMSNorm
 from rorqual.models.rope import Rotation, softmax_scale
-from rorqual.ops import attention_numba as kernels
-from rorqual.ops.compiled import array, serves
+from rorqual.ops.cpu import attention as kernels
+from rorqual.ops.cpu.compiled import array, serves
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rorqual.ops.attention_numba import RowReads
+from rorqual.ops.cpu.attention import RowReads
 
 
 class Column(NamedTuple):

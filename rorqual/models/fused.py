@@ -19,8 +19,8 @@ from rorqual.models.attention import GroupedQueryAttention
 from rorqual.models.cache import CachedLayout, KVCache
 from rorqual.models.moe import MLP
 from rorqual.models.rope import Rotation
-from rorqual.ops.block_numba import BlockWeights, decode_block
-from rorqual.ops.compiled import array, serves
+from rorqual.ops.cpu.block import BlockWeights, decode_block
+from rorqual.ops.cpu.compiled import array, serves
 
 MOST_WEIGHTS = 1 << 21
 """Of a block. The products of larger ones are left to torch, which cuts them to the size of the cache."""

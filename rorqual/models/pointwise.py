@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from rorqual.ops import pointwise_numba as kernels
-from rorqual.ops.compiled import array, serves
+from rorqual.ops.cpu import pointwise as kernels
+from rorqual.ops.cpu.compiled import array, serves
 
 PRECISE = (torch.float32, torch.float64)
 

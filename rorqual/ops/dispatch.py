@@ -15,7 +15,7 @@ from typing import Final, Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from rorqual.ops.compiled import NUMBA
+from rorqual.ops.cpu.compiled import NUMBA
 from rorqual.ops.dsa import IndexerOutput
 from rorqual.ops.dsa_tiled import MainAttention
 from rorqual.ops.nsa import BlockSizes, Branches
@@ -25,14 +25,14 @@ Kernels = Literal["auto", "tiled", "compiled", "triton"]
 
 DSA: Final[Mapping[str, str]] = {
     "tiled": "rorqual.ops.dsa_tiled",
-    "compiled": "rorqual.ops.dsa_numba",
-    "triton": "rorqual.ops.dsa_triton",
+    "compiled": "rorqual.ops.cpu.dsa",
+    "triton": "rorqual.ops.gpu.dsa",
 }
 
 NSA: Final[Mapping[str, str]] = {
     "tiled": "rorqual.ops.nsa_tiled",
-    "compiled": "rorqual.ops.nsa_numba",
-    "triton": "rorqual.ops.nsa_triton",
+    "compiled": "rorqual.ops.cpu.nsa",
+    "triton": "rorqual.ops.gpu.nsa",
 }
 
 NEEDS: Final[Mapping[str, tuple[str, str]]] = {"compiled": ("numba", "cpu"), "triton": ("triton", "gpu")}

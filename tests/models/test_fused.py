@@ -14,7 +14,7 @@ from rorqual.models import fused
 from rorqual.models.cache import KVCache, cached_layout
 from rorqual.models.decoder import Decoder
 from rorqual.models.moe import MLP
-from rorqual.ops import compiled
+from rorqual.ops.cpu import compiled
 
 
 def decode(decoder: Decoder, num_steps: int = 6) -> tuple[Tensor, KVCache]:
