@@ -76,11 +76,11 @@ FULL = Size(
     nsa=NSAConfig(
         block_length=16, block_stride=8, selected_length=16, num_selected=8, window=64, compressor_size=64
     ),  # It selects 128 tokens, as DSA does here.
-    steps=(600, 100, 100),
+    steps=(500, 100, 100),
     sequences_per_step=2,
     text=TextConfig(max_bytes=0),
     evaluation_sequences=32,
-    needles=12,
+    needles=24,
     needles_per_depth=20,
 )
 
@@ -121,6 +121,7 @@ def common_settings(size: Size, threads: int) -> dict[str, Any]:
         "needle": NeedleConfig(
             share=0.5,
             needles_per_document=size.needles,
+            value_tokens=8,
             answer_weight=10.0,
             documents_per_depth=size.needles_per_depth,
         ),
