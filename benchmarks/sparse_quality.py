@@ -78,7 +78,7 @@ FULL = Size(
     nsa=NSAConfig(
         block_length=16, block_stride=8, selected_length=16, num_selected=8, window=64, compressor_size=64
     ),  # It selects 128 tokens, as DSA does here.
-    steps=(500, 100, 100),
+    steps=(750, 100, 150),
     sequences_per_step=2,
     text=TextConfig(max_bytes=0),
     evaluation_sequences=32,
