@@ -44,7 +44,8 @@ bench: $(VENV)/.installed-bench  ## time the training step and generation beside
 	$(BIN)/python benchmarks/grpo_step.py
 	$(BIN)/python benchmarks/generate.py
 
-bench-quality: $(VENV)/.installed-bench  ## what sparse attention costs in quality: a run to be left alone for most of an hour
+bench-quality: $(VENV)/.installed-bench  ## what sparse attention costs in quality: left alone for the better part of an hour
+	$(BIN)/python benchmarks/sparse_quality.py --arm nsa & $(BIN)/python benchmarks/sparse_quality.py --arm dsa && wait
 	$(BIN)/python benchmarks/sparse_quality.py
 
 docs: $(VENV)/.installed-dev  ## write docs/cli.md anew and check every link in the docs
