@@ -1,6 +1,6 @@
 """What sparse attention costs in quality: DSA after a dense base, and NSA from scratch, each beside dense attention.
 
-One small model at 2,048 tokens on the Python standard library's sources, with needles mixed in. Two run directories:
+One small model at 2,048 tokens on the Python standard library's sources. Two run directories:
 
     dsa    dense pre-training -> warm-up -> sparse with k = T/16, and the control: the base trained on as long
     nsa    the same sequences in the same order from the first step on, with Native Sparse Attention
@@ -36,7 +36,6 @@ from rorqual.recipes.sparsify import SparsifyConfig
 from rorqual.recipes.text_stage import HELD_OUT, TextStageConfig
 from rorqual.store.run import Run
 from rorqual.text.corpus import TextConfig
-from rorqual.text.needle import NeedleConfig
 from rorqual.train.optim import OptimizerConfig
 
 DENSE_GATE = 0.01
@@ -45,8 +44,7 @@ DENSE_GATE = 0.01
 
 @dataclass(frozen=True)
 class Size:
-    """What `--small` makes less of. steps: of pre-training, warm-up and sparse training. needles: in a document that is
-    trained on, half of all."""
+    """What `--small` makes less of. steps: of pre-training, warm-up and sparse training."""
 
     model: ModelConfig
     length: int
@@ -55,8 +53,6 @@ class Size:
     sequences_per_step: int
     text: TextConfig
     evaluation_sequences: int
-    needles: int
-    needles_per_depth: int
 
 
 FULL = Size(
@@ -78,12 +74,10 @@ FULL = Size(
     nsa=NSAConfig(
         block_length=16, block_stride=8, selected_length=16, num_selected=8, window=64, compressor_size=64
     ),  # It selects 128 tokens, as DSA does here.
-    steps=(750, 100, 150),
+    steps=(500, 80, 120),
     sequences_per_step=2,
     text=TextConfig(max_bytes=0),
     evaluation_sequences=32,
-    needles=24,
-    needles_per_depth=20,
 )
 
 SMALL = Size(
@@ -96,8 +90,6 @@ SMALL = Size(
     sequences_per_step=2,
     text=TextConfig(max_bytes=2_000_000),
     evaluation_sequences=4,
-    needles=4,
-    needles_per_depth=2,
 )
 
 
@@ -114,19 +106,12 @@ def stage(size: Size, num_steps: int, learning_rate: float) -> TextStageConfig:
 
 
 def common_settings(size: Size, threads: int) -> dict[str, Any]:
-    """What both runs have in common: the text, its length, the needles, pre-training."""
+    """What both runs have in common: the text, its length, pre-training."""
     return {
         "num_threads": threads,
         "sequence_length": size.length,
         "evaluation_sequences": size.evaluation_sequences,
         "text": size.text,
-        "needle": NeedleConfig(
-            share=0.5,
-            needles_per_document=size.needles,
-            value_tokens=8,
-            answer_weight=10.0,
-            documents_per_depth=size.needles_per_depth,
-        ),
         "pretrain": stage(size, size.steps[0], 3e-3),
     }
 
@@ -183,7 +168,6 @@ def row(name: str, parameters: int, figures: dict[str, Any], against: dict[str, 
         shown("held_out/kl_over_uniform", "{:.2f}"),
         shown("held_out/recall", "{:.1%}"),
         " ".join(f"{100 * share:.0f}" for share in recalls) or "–",
-        " ".join(f"{100 * share:.0f}" for share in by_number(figures, "needle/accuracy/")),
     ]
 
 
@@ -232,13 +216,11 @@ def conditions(dsa: Run, nsa: Run, size: Size, threads: int) -> str:
         f"{name} {sum(row['num_tokens'] for row in lines) / 1e6:.2f}M tokens in {minutes(lines):.1f} min"
         for name, lines in stages.items()
     ]
-    depths = ", ".join(str(depth) for depth in NeedleConfig().depths)
     return (
         f"Sequences of {size.length:,} tokens, k = {size.length // 16}; loss in nats a token on "
         f"{size.evaluation_sequences} held-out sequences; gap to the full attention above it, at equal tokens; recall "
-        f"over the queries that see more than k keys, by layer in %; {size.needles_per_depth} needles a depth "
-        f"({depths} % of the text), % recalled. {'; '.join(parts)}. float32, {threads} threads; {platform.machine()}, "
-        f"{os.cpu_count()} cores, Python {platform.python_version()}; torch {version('torch')}."
+        f"over the queries that see more than k keys, by layer in %. {'; '.join(parts)}. float32, {threads} threads an "
+        f"arm; {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; torch {version('torch')}."
     )
 
 
@@ -246,7 +228,7 @@ def minutes(lines: Sequence[dict[str, Any]]) -> float:
     return float(sum(line["seconds"] for line in lines)) / 60
 
 
-HEAD = ("model", "M parameters", "loss", "gap %", "KL/uniform", "recall", "recall by layer", "needles by depth")
+HEAD = ("model", "M parameters", "loss", "gap %", "KL/uniform", "recall", "recall by layer")
 
 
 def main() -> None:
