@@ -220,7 +220,8 @@ def conditions(dsa: Run, nsa: Run, size: Size, threads: int) -> str:
         f"Sequences of {size.length:,} tokens, k = {size.length // 16}; loss in nats a token on "
         f"{size.evaluation_sequences} held-out sequences; gap to the full attention above it, at equal tokens; recall "
         f"over the queries that see more than k keys, by layer in %. {'; '.join(parts)}. float32, {threads} threads an "
-        f"arm; {platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; torch {version('torch')}."
+        f"arm; {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}; torch {version('torch')}."
     )
 
 
