@@ -6,10 +6,11 @@ is refused, not guessed:
     ids, log-probs     each drawn token has its id and its log-prob, or the request fails with a `ReplyError`
     truncation         top-p, top-k and min-p are refused: no such server returns the kept sets or renormalises
     temperature        vLLM's default log-probs are those before the temperature; other than 1 needs
-                       `--logprobs-mode processed_logprobs` there, which `tempered_logprobs` declares. SGLang's are tempered
+                       `--logprobs-mode processed_logprobs` there, which `tempered_logprobs` declares; SGLang's are
+                       tempered
     greedy             temperature 0 draws from one token: log-prob and entropy 0
-    entropies          no server returns them; minus the log-prob of the drawn token is the one-sample estimate, right in
-                       the mean
+    entropies          no server returns them; minus the log-prob of the drawn token is the one-sample estimate,
+                       right in the mean
 
 `interface = "vllm"` posts to `/completions` with `return_token_ids`; `"sglang"` posts to the server's own `/generate`.
 """
