@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def converse(console: Console, speaker: Talker, question: str | None) -> None:
     console.print(Text(about, style="dim"))
     while True:
         try:
-            asked = console.input("[bold]› [/bold]").strip()
+            asked = console.input("[bold]› [/bold]" if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
             console.print()
             return

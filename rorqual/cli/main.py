@@ -239,6 +239,8 @@ def chat(
     else:
         loaded = chatting.in_format(load_policy(policy or "", stage, template, device), format)
         speaker = Speaker(loaded, temperature, top_p, max_new_tokens, seed, tool or ())
+    if messages and speaker.single_turn:
+        raise ValueError(f"{speaker.label} answers single questions, so it cannot go on from --load {load}.")
     speaker.messages += messages
     chatting.converse(console, speaker, question)
 

@@ -165,6 +165,8 @@ class Speaker:
         except KeyboardInterrupt:
             self._engine.cancel()
             self._conversation = None
+            deltas.append(stream.finish()[0])
+            listener.delta(deltas[-1])
             stopped(self.messages, join_deltas(deltas))
             raise Interrupted from None
         listener.delta(stream.finish()[0])

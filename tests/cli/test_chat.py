@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,14 @@ def test_a_conversation_with_an_endpoint_thinks_calls_saves_and_loads(server, ty
     assert "answer 3" in typed([*place, "--load", str(kept)], "more?")
     kept.write_text(json.dumps(messages))
     assert "answer 3" in typed([*place, "--load", str(kept)], "more?")
+
+
+def test_questions_come_through_a_pipe_too(server, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore?\n"))
+    assert main(["chat", "--base-url", server.url, "--model", "m"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.index("answer 1") < shown.index("answer 2")
+    assert "›" not in shown
 
 
 def test_a_server_that_fails_is_said_and_the_conversation_goes_on(server, typed, capsys) -> None:
