@@ -83,7 +83,7 @@ def converse(console: Console, speaker: Talker, question: str | None) -> None:
         except WindowFullError as error:
             console.print(Text(f"{error} The next question starts anew.", style="yellow"))
         except (ValueError, EndpointUnavailable, OSError) as error:
-            console.print(Text(str(error), style="yellow"))
+            console.print(_plain(str(error), "yellow"))
 
 
 def save_messages(messages: list[Message], path: Path) -> None:
@@ -121,7 +121,7 @@ def _command(console: Console, speaker: Talker, line: str) -> None:
         said = HELP
     else:
         raise ValueError(f"There is no command {line!r}.\n{HELP}")
-    console.print(Text(said, style="dim"))
+    console.print(_plain(said, "dim"))
 
 
 def _answer(console: Console, speaker: Talker, question: str) -> None:
@@ -133,6 +133,14 @@ def _answer(console: Console, speaker: Talker, question: str) -> None:
         console.print(Text("Stopped.", style="yellow"))
     finally:
         screen.end()
+
+
+CONTROL_CHARACTERS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text that somebody else wrote, without what would steer the terminal."""
+    return Text(text.translate(CONTROL_CHARACTERS), style=style)
 
 
 class _Screen(Listener):
@@ -152,11 +160,11 @@ class _Screen(Listener):
         self._say("content", delta.content, "")
         for call in delta.tool_calls:
             self.end()
-            self._console.print(Text(f"→ {call.name} {call.arguments}", style="cyan"))
+            self._console.print(_plain(f"→ {call.name} {call.arguments}", "cyan"))
 
     def result(self, call: ToolCall, text: str) -> None:
         self.end()
-        self._console.print(Text(f"← {text}", style="cyan"))
+        self._console.print(_plain(f"← {text}", "cyan"))
 
     def end(self) -> None:
         """Ends the line and the part."""
@@ -177,4 +185,4 @@ class _Screen(Listener):
         self._space = text[len(shown) :]
         if shown:
             self._open = True
-            self._console.print(Text(shown, style=style), end="", soft_wrap=True)
+            self._console.print(_plain(shown, style), end="", soft_wrap=True)

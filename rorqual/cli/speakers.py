@@ -135,7 +135,10 @@ class Speaker:
         retention = self._encoding.config.retention or self._encoding.format.retention
         about = f"format {self._encoding.format.name} · retention {retention}"
         if self._conversation is None:
-            return [f"0 of {window} tokens · {about} · {len(self.messages)} messages to be rendered anew"]
+            if not self.messages:
+                return [f"0 of {window} tokens · {about}"]
+            rendered = self._encoding.render(self.messages, self.tools)
+            return [f"{len(rendered.token_ids)} of {window} tokens · to be rendered anew · {about}", rendered.text]
         ids = self._conversation.prompt_ids
         segments = len(self._conversation.segments())
         used = f"{len(ids)} of {window} tokens ({len(ids) / window:.0%}) · segments {segments}"

@@ -124,7 +124,7 @@ class Endpoint:
         except (self._openai.OpenAIError, ValueError, ConnectionError) as error:
             failure = self._typed(error)
         except Exception as error:
-            if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "anyio"):
+            if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "anyio"):
                 raise
             failure = EndpointUnavailable(self._say("The connection was cut", error))
         raise failure  # outside of the handler, so that no context keeps the request and its headers

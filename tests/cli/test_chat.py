@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from rorqual.cli import main as command_line
 from rorqual.cli.calculator import compute, run_tool
+from rorqual.cli.chat import _Screen
 from rorqual.cli.main import main
 from rorqual.cli.policies import load_policy
 from rorqual.cli.speakers import Listener, Speaker
@@ -130,6 +132,21 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(checkpoint: Path, typed, mo
     assert "tokens (" in shown
     assert "<｜User｜>4 + 3 =" in shown, "what was asked before the stop stays"
     assert "<｜User｜>and now?" in shown
+
+
+def test_an_answer_cannot_steer_the_terminal(capsys) -> None:
+    screen = _Screen(Console())
+    screen.delta(Delta(content="a\x1b[2Jb\x07\x9bc\nd"))
+    screen.end()
+    assert capsys.readouterr().out == "a[2Jbc\nd\n"
+
+
+def test_what_a_stop_left_is_shown_as_it_will_be_rendered(checkpoint: Path, typed, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text('{"role": "user", "content": "4 + 3 ="}\n{"role": "assistant", "content": "7"}\n')
+    shown = typed([str(checkpoint), "--load", str(kept)], "/context")
+    assert "of 128 tokens · to be rendered anew" in shown
+    assert "<｜User｜>4 + 3 =<｜Assistant｜>7" in shown
 
 
 def test_the_local_answer_comes_in_pieces_and_is_the_same(checkpoint: Path) -> None:
