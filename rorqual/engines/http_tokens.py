@@ -7,7 +7,7 @@ is refused, not guessed:
     truncation         top-p, top-k and min-p are refused: no such server returns the kept sets or renormalises
     temperature        vLLM's default log-probs are those before the temperature; other than 1 needs
                        `--logprobs-mode processed_logprobs` there, which `tempered_logprobs` declares; SGLang's are
-                       tempered
+                       tempered unless SGLANG_RETURN_ORIGINAL_LOGPROB is set there, which cannot be seen from here
     greedy             temperature 0 draws from one token: log-prob and entropy 0
     entropies          no server returns them; minus the log-prob of the drawn token is the one-sample estimate,
                        right in the mean
@@ -172,7 +172,7 @@ class HttpEngine:
             "prompt": prompt,
             "max_tokens": room,
             "seed": params.seed,
-            "logprobs": 0,  # the drawn token alone
+            "logprobs": 1,  # the drawn token, and the likeliest, which is not read
             "return_token_ids": True,
             "ignore_eos": True,  # the request's own stop tokens end it, and no other
         }
@@ -221,7 +221,7 @@ Answer = tuple[list[int], list[float], str, int | None]
 def _read_vllm(raw: Any, prompt: list[int]) -> Answer:
     choice = raw["choices"][0]
     if choice.get("token_ids") is None:
-        raise ReplyError("the server returned no token ids (`token_ids`); vLLM does from 0.10.2 on, a plain API never.")
+        raise ReplyError("the server returned no token ids (`token_ids`); a recent vLLM does, a plain API never.")
     if (choice.get("logprobs") or {}).get("token_logprobs") is None:
         raise ReplyError("the server returned no log-probs (`logprobs.token_logprobs`).")
     seen = choice.get("prompt_token_ids")
