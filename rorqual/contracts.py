@@ -8,7 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from rorqual.records import Completion, Evidence, GenerateRequest, Message, Segment, Task
+from rorqual.records import (
+    Completion,
+    Evidence,
+    GenerateRequest,
+    Message,
+    Record,
+    SamplingParams,
+    Segment,
+    Task,
+    ToolSpec,
+)
 
 
 class Engine(Protocol):
@@ -42,6 +52,37 @@ class Engine(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class ChatUsage(Record):
+    """Tokens of one call. reasoning_tokens are part of completion_tokens, cached_tokens of prompt_tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class ChatReply(Record):
+    """What a chat model answered. usage: None where the server counts nothing. raw: the answer as it came."""
+
+    message: Message
+    usage: ChatUsage | None
+    finish_reason: str
+    raw: dict[str, Any]
+
+
+class ChatModel(Protocol):
+    """A model that is seen as text alone: a judge, a teacher, or a policy that is evaluated."""
+
+    async def complete(
+        self, messages: Sequence[Message], tools: Sequence[ToolSpec] = (), params: SamplingParams | None = None
+    ) -> ChatReply:
+        """One reply; params None leaves the sampling to the server.
+
+        Raises: ConnectionError when the infrastructure failed, ValueError when the request or the reply is wrong.
+        """
+        ...
 
 
 class Environment(Protocol):

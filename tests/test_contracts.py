@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 
 from rorqual.contracts import Engine, Environment
+from rorqual.engines.http import EndpointConfig
+from rorqual.engines.http_tokens import HttpEngine, HttpEngineConfig
 from rorqual.engines.local import EngineConfig, LocalEngine
 from rorqual.envs.dialogue import DialogueConfig, DialogueEnvironment
 from rorqual.models.config import ModelConfig
@@ -24,6 +28,7 @@ from rorqual.records import (
     from_json,
     to_json,
 )
+from tests.engines.http_server import Server
 from tests.rollout.fakes import FakeEngine, Interviewer
 
 WINDOW = 32
@@ -49,9 +54,22 @@ def local_engine() -> LocalEngine:
     return LocalEngine(model, EngineConfig(num_slots=3), weight_version=3)
 
 
+@functools.cache
+def server() -> Server:
+    return Server()
+
+
+def http_engine(interface: Literal["vllm", "sglang"]) -> HttpEngine:
+    endpoint = EndpointConfig(base_url=server().url, model="m", max_concurrent=3)
+    config = HttpEngineConfig(endpoint=endpoint, context_window=WINDOW, interface=interface)
+    return HttpEngine(config, weight_version=3)
+
+
 ENGINES: dict[str, Callable[[], Engine]] = {
     "local": local_engine,
     "fake": lambda: FakeEngine(VOCABULARY, context_window=WINDOW, max_in_flight=3),
+    "vllm over http": lambda: http_engine("vllm"),
+    "sglang over http": lambda: http_engine("sglang"),
 }
 
 ENVIRONMENTS: dict[str, Callable[[], Environment]] = {

@@ -27,7 +27,19 @@ LAYERS = {
 
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
-OPTIONAL = {"numba", "transformers", "scipy", "plotly", "triton", "ray", "trl", "vllm", "math_verify"}
+OPTIONAL = {
+    "numba",
+    "transformers",
+    "scipy",
+    "plotly",
+    "triton",
+    "ray",
+    "trl",
+    "vllm",
+    "math_verify",
+    "openai",
+    "tenacity",
+}
 """What a function may import: packages that the core install leaves out."""
 
 TORCH_FREE = ["records", "contracts", "config", "store", "viewer"]

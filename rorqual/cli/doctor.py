@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "hf": ("transformers",),
     "report": ("plotly",),
     "eval": ("scipy",),
+    "agents": ("openai", "tenacity"),
     "bench": ("trl",),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }

@@ -26,8 +26,11 @@ from rorqual.cli.manual import manual_page
 from rorqual.cli.options import parse_table
 from rorqual.cli.policies import load_policy
 from rorqual.cli.progress import RichProgress
+from rorqual.cli.speakers import EndpointSpeaker, Speaker, Talker
 from rorqual.config import load_config, read_recipe_name
+from rorqual.engines.http import EndpointConfig
 from rorqual.recipes.catalog import RECIPES
+from rorqual.records import SamplingParams
 from rorqual.store.run import Run
 from rorqual.viewer.report import write_report
 
@@ -197,26 +200,48 @@ def evaluate(
 
 @app.command()
 def chat(
-    policy: Place,
+    policy: Annotated[
+        Path | None, typer.Argument(help="A run directory, or a checkpoint in Hugging Face's layout.")
+    ] = None,
     question: Annotated[str | None, typer.Option("--question", "-q", help="Ask this one question and stop.")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.6,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens up to this mass.")] = 0.95,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response.")] = 1024,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    tool: Annotated[list[str] | None, typer.Option(help="A tool that may be called: calculator; repeatable.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Go on from messages that /save kept.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Talk to an OpenAI-compatible server instead.")] = None,
+    model: Annotated[str | None, typer.Option(help="The name of the model on that server.")] = None,
+    key_variable: Annotated[str, typer.Option(help="The environment variable that holds the server's key.")] = "",
+    format: Annotated[str | None, typer.Option(help="Message format of a checkpoint, such as deepseek_v32.")] = None,
     stage: Stage = None,
     template: Template = False,
     device: Device = "cpu",
 ) -> None:
-    """Talk to a policy; its thinking is shown dimmed.
+    """Talk to a policy; its thinking is shown dimmed. Commands: /think, /context, /tools, /save, /help, /quit.
 
     Examples:
 
         rorqual chat runs/demo
 
         rorqual chat runs/demo --stage pretrain -q "Calculate 3 + 4 - 1 - 8 - 7."
+
+        rorqual chat --base-url http://127.0.0.1:8000/v1 --model deepseek --tool calculator
     """
     chatting.check_chat(question, temperature, top_p, max_new_tokens)
-    speaker = chatting.Speaker(load_policy(policy, stage, template, device), temperature, top_p, max_new_tokens, seed)
+    chatting.check_place(policy, base_url, model, format)
+    messages = chatting.load_messages(load) if load is not None else []
+    speaker: Talker
+    if base_url is not None:
+        endpoint = EndpointConfig(base_url=base_url, model=model or "", key_variable=key_variable)
+        params = SamplingParams(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, seed=seed)
+        speaker = EndpointSpeaker(endpoint, params, tool or ())
+    else:
+        loaded = chatting.in_format(load_policy(policy or "", stage, template, device), format)
+        speaker = Speaker(loaded, temperature, top_p, max_new_tokens, seed, tool or ())
+    if messages and speaker.single_turn:
+        raise ValueError(f"{speaker.label} answers single questions, so it cannot go on from --load {load}.")
+    speaker.messages += messages
     chatting.converse(console, speaker, question)
 
 

@@ -125,6 +125,14 @@ class LocalEngine:
                     self.undelivered.append(completion)
         return [done[request.request_id] for request in requests]
 
+    def drawn(self, request_id: str) -> list[int]:
+        """What a request in flight has drawn so far, to be shown while it is answered."""
+        for slot, request in enumerate(self.table.requests):
+            if request is not None and request.request_id == request_id:
+                start, end = int(self.table.prompt_length[slot]), int(self.table.length[slot])
+                return [int(token) for token in self.table.tokens[slot, start:end]]
+        return []
+
     def cancel(self) -> None:
         """Give up every request that waits or is being answered. Nothing cached survives."""
         self.queue.clear()

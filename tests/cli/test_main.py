@@ -23,11 +23,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rorqual.cli import evaluation, tables
 from rorqual.cli import main as command_line
-from rorqual.cli.chat import Speaker
 from rorqual.cli.doctor import EXTRAS, examine
 from rorqual.cli.main import main
 from rorqual.cli.manual import manual_page
 from rorqual.cli.policies import Policy, load_policy
+from rorqual.cli.speakers import Speaker
 from rorqual.envs.dialogue import DialogueConfig, ReasoningGymConfig, ReasoningGymTasks, canonical_question
 from rorqual.evals.benchmarks import BENCHMARKS, Benchmark, load_tasks
 from rorqual.models.checkpoints import load_checkpoint, save_checkpoint
@@ -191,8 +191,8 @@ def prompts_of(policy: Policy, *questions: str) -> list[str]:
     """The texts that a conversation gives to the engine."""
     speaker = Speaker(policy, 1.0, 1.0, 3, 0)
     asked = []
-    generate = speaker._engine.generate
-    speaker._engine.generate = lambda requests: asked.extend(requests) or generate(requests)
+    submit = speaker._engine.submit
+    speaker._engine.submit = lambda requests: asked.extend(requests) or submit(requests)
     for question in questions:
         speaker.answer(question)
     return [speaker._encoding.tokenizer.decode(request.prompt_ids) for request in asked]
