@@ -172,12 +172,31 @@ class Selections(Record):
 class GenerateRequest(Record):
     """Continue `prompt_ids`. `request_id` is the caller's, unique among requests in flight.
 
+    num_alternatives: how many of the likeliest tokens to note beside each drawn one; None notes nothing.
     `GenerateRequest(request_id="t17#0.0", prompt_ids=array("i", [1, 44, 12]), params=SamplingParams(seed=3))`
     """
 
     request_id: str
     prompt_ids: IntArray
     params: SamplingParams
+    num_alternatives: int | None = None
+
+
+class Alternatives(Record):
+    """What a model thought of each drawn token, at temperature 1 and before anything is cut or forbidden.
+
+    logprobs: of the drawn tokens, in nats. ids, top_logprobs: the `num` likeliest tokens of each place in descending
+    order, flattened.
+    `Alternatives(num=2, logprobs=array("d", [-0.1]), ids=array("i", [5, 9]), top_logprobs=array("d", [-0.1, -2.4]))`
+    """
+
+    num: int
+    logprobs: FloatArray
+    ids: IntArray
+    top_logprobs: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
 
 
 class Completion(Record):
@@ -187,7 +206,8 @@ class Completion(Record):
         renormalised), in nats. entropies: of that same distribution, in nats. kept: None when nothing was truncated.
     kept_mass: probability that the truncation kept, before renormalising. routes: of every token that was fed to the
         model, prompt included and the last drawn token excluded; None for a dense model. selections: of the same
-        tokens, where the engine records them.
+        tokens, where the engine records them. alternatives: where the request asked for them. A constrained request is
+        drawn from what its constraint left, which `kept` does not list: it is for answers, not for training.
     """
 
     request_id: str
@@ -200,6 +220,7 @@ class Completion(Record):
     kept: KeptTokens | None = None
     routes: Routes | None = None
     selections: Selections | None = None
+    alternatives: Alternatives | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ trajectory
