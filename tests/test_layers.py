@@ -28,6 +28,7 @@ LAYERS = {
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 OPTIONAL = {"numba", "transformers", "scipy", "plotly", "triton", "ray", "trl", "vllm", "math_verify"}
+OPTIONAL |= {"starlette", "uvicorn", "httpx", "prometheus_client", "llguidance"}
 """What a function may import: packages that the core install leaves out."""
 
 TORCH_FREE = ["records", "contracts", "config", "store", "viewer"]

@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "hf": ("transformers",),
     "report": ("plotly",),
     "eval": ("scipy",),
+    "serve": ("starlette", "uvicorn", "httpx", "prometheus-client", "llguidance"),
     "bench": ("trl",),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }

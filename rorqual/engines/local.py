@@ -81,9 +81,7 @@ class LocalEngine:
         """Requests that wait or are being answered."""
         return len(self.queue) + sum(request is not None for request in self.table.requests)
 
-    def submit(
-        self, requests: Sequence[GenerateRequest], constraints: Mapping[str, Constraint] | None = None
-    ) -> None:
+    def submit(self, requests: Sequence[GenerateRequest], constraints: Mapping[str, Constraint] | None = None) -> None:
         """Queue requests; `constraints`, by request id, say which tokens may come.
 
         Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then none of the requests

@@ -22,7 +22,16 @@ from rorqual.engines.sampling import Draws
 from rorqual.engines.steering import pack_alternatives
 from rorqual.models.cache import KVCache
 from rorqual.models.decoder import Decoder
-from rorqual.records import Alternatives, Completion, GenerateRequest, KeptTokens, Routes, Selections, from_json, to_json
+from rorqual.records import (
+    Alternatives,
+    Completion,
+    GenerateRequest,
+    KeptTokens,
+    Routes,
+    Selections,
+    from_json,
+    to_json,
+)
 
 ROW_COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass")
 REPLAY_COLUMNS = ("routes", "selections")

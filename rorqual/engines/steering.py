@@ -1,4 +1,4 @@
-"""What a server asks of single requests beyond sampling: tokens that are forbidden, and what else could have been drawn.
+"""What a server asks of single requests: tokens that are forbidden, and what else could have been drawn.
 
 Shapes: R rows, V vocabulary, K likeliest tokens.
 """

@@ -190,7 +190,7 @@ class _NoTraceback:
 
         try:
             await self._app(scope, receive, note)
-        except Exception:  # noqa: BLE001
+        except Exception:
             LOG.exception("A request failed in a way that nobody foresaw.")
             if scope["type"] == "http" and not begun:
                 error = ApiError(500, "The server failed; its log says why.", kind="server_error", code="internal")

@@ -207,9 +207,7 @@ class ChatAnswer:
 
     def _chunk(self, choices: list[ChatChunkChoice], used: Usage | None = None) -> bytes:
         told = used if self._options.include_usage else UNSET
-        return event(
-            ChatChunk(id=self.id, created=self._created, model=self._policy.name, choices=choices, usage=told)
-        )
+        return event(ChatChunk(id=self.id, created=self._created, model=self._policy.name, choices=choices, usage=told))
 
 
 def _chunk_delta(delta: Delta, num_calls: int) -> ChatDelta:

@@ -97,7 +97,9 @@ class Ticket:
     def __enter__(self) -> Ticket:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def opened(self) -> None:
@@ -134,7 +136,7 @@ class EngineThread:
         self._num_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="rorqual-engine", daemon=True)
 
-    # ------------------------------------------------------------------------------------------ called from the event loop
+    # -------------------------------------------------------------------------------------------- in the event loop
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -150,9 +152,7 @@ class EngineThread:
         if self._thread.ident is not None:
             self._thread.join(timeout=30.0)
 
-    def open(
-        self, requests: Sequence[GenerateRequest], constraints: Mapping[str, Constraint] | None = None
-    ) -> Ticket:
+    def open(self, requests: Sequence[GenerateRequest], constraints: Mapping[str, Constraint] | None = None) -> Ticket:
         """Queue the requests of one HTTP request, which must be closed again.
 
         Raises: ApiError: 429 when the queue is full, 500 when the engine has died.
@@ -193,7 +193,7 @@ class EngineThread:
             self._inbox.append(action)
             self._wake.notify()
 
-    # ------------------------------------------------------------------------------------------------ the engine's thread
+    # ------------------------------------------------------------------------------------------ in the engine's thread
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
@@ -253,7 +253,10 @@ class EngineThread:
                 ticket, choice = self._tickets.pop(completion.request_id)
                 first = self._known.pop(completion.request_id)
                 event = Event(
-                    choice, completion.token_ids[first:], _tail(completion.alternatives, first), completion.finish_reason
+                    choice,
+                    completion.token_ids[first:],
+                    _tail(completion.alternatives, first),
+                    completion.finish_reason,
                 )
                 news.setdefault(ticket, []).append(event)
         if news:

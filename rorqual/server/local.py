@@ -316,6 +316,7 @@ def _joined(parts: Sequence[TextChoice]) -> TextChoice:
     logprobs = None
     if noted:
         logprobs = msgspec.structs.replace(
-            noted[0], **{name: [x for each in noted for x in getattr(each, name)] for name in noted[0].__struct_fields__}
+            noted[0],
+            **{name: [x for each in noted for x in getattr(each, name)] for name in noted[0].__struct_fields__},
         )
     return msgspec.structs.replace(parts[-1], text="".join(part.text for part in parts), logprobs=logprobs)

@@ -18,14 +18,16 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._gauge: Callable[..., Any] = Gauge
         self._gauges: dict[str, Any] = {}
-        kept = {"registry": self._registry}
+        kept: dict[str, Any] = {"registry": self._registry}
         self.requests = Counter("rorqual_requests", "Answered requests.", ["route", "status"], **kept)
         self.abandoned = Counter("rorqual_requests_abandoned", "Requests whose client went away.", **kept)
         self.prompt_tokens = Counter("rorqual_prompt_tokens", "Tokens of prompts.", **kept)
         self.generated_tokens = Counter("rorqual_generated_tokens", "Tokens drawn for clients.", **kept)
-        seconds = {"buckets": SECONDS, **kept}
+        seconds: dict[str, Any] = {"buckets": SECONDS, **kept}
         self.request_seconds = Histogram("rorqual_request_seconds", "From a request to its answer.", **seconds)
-        self.first_token_seconds = Histogram("rorqual_first_token_seconds", "To the first token of a stream.", **seconds)
+        self.first_token_seconds = Histogram(
+            "rorqual_first_token_seconds", "To the first token of a stream.", **seconds
+        )
 
     def page(self, load: Mapping[str, float]) -> bytes:
         """All of them as text; `load` is what is in flight now."""

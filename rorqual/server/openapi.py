@@ -70,7 +70,9 @@ def _operation(
     name: str, answer: str, body: str = "", stream: dict[str, Any] | None = None, codes: tuple[str, ...] = tuple(ERRORS)
 ) -> dict[str, Any]:
     content = {"application/json": _ref(answer), **(stream or {})} if answer else {"text/plain": {}}
-    errors = {code: {"description": ERRORS[code], "content": {"application/json": _ref("ErrorAnswer")}} for code in codes}
+    errors = {
+        code: {"description": ERRORS[code], "content": {"application/json": _ref("ErrorAnswer")}} for code in codes
+    }
     operation: dict[str, Any] = {
         "operationId": name,
         "responses": {"200": {"description": "The answer.", "content": content}, **errors},

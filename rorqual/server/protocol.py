@@ -299,7 +299,7 @@ class ChatChunk(Record):
     model: str
     choices: list[ChatChunkChoice]
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class TextLogprobs(Record):
@@ -324,7 +324,7 @@ class TextCompletion(Record):
     model: str
     choices: list[TextChoice]
     object: Literal["text_completion"] = "text_completion"
-    usage: Usage | None | UnsetType = UNSET
+    usage: Usage | UnsetType | None = UNSET
 
 
 class ModelCard(Record):

@@ -83,7 +83,7 @@ class ChatReader:
 
     def feed(self, ids: Sequence[int]) -> Delta:
         """What these tokens make certain."""
-        if self._closed_at is None and self._close_id in ids:
+        if self._closed_at is None and self._close_id is not None and self._close_id in ids:
             self._closed_at = self.num_tokens + list(ids).index(self._close_id)
         self.num_tokens += len(ids)
         return self._cut(self._stream.feed(ids))

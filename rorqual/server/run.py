@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import socket
 from importlib.util import find_spec
 from typing import Any
 
@@ -73,3 +74,15 @@ def make_server(backend: Backend, config: ServerConfig, metrics: Metrics) -> Any
             ws="none",
         )
     )
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """The socket, bound. Raises: ValueError when the address cannot be had."""
+    try:
+        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot listen on {config.host}:{config.port} ({error.strerror or error}). Choose another --port or "
+            "--host."
+        ) from error

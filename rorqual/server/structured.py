@@ -16,7 +16,7 @@ import numpy as np
 from rorqual.server.errors import ApiError, invalid
 from rorqual.text.tokenizer import Tokenizer
 
-FORMATTING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+FORMATTING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python and DeepSeek write JSON. Free white space would let a weak policy write nothing else for ever."""
 
 LOGIT_ALLOWED = 200
