@@ -15,8 +15,9 @@ from rorqual.cli.policies import load_policy
 from rorqual.engines.local import EngineConfig, LocalEngine
 from rorqual.server.backend import Backend
 from rorqual.server.limits import ServerLimits
-from rorqual.server.local import LocalBackend, ServedPolicy
+from rorqual.server.local import LocalBackend
 from rorqual.server.metrics import Metrics
+from rorqual.server.policy import ServedPolicy
 from rorqual.server.run import ServerConfig, check_extra, listen, make_server
 from rorqual.server.upstream import UpstreamBackend
 from rorqual.text.encoding import Encoding

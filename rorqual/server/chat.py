@@ -7,7 +7,7 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 from msgspec import UNSET
@@ -16,6 +16,7 @@ from rorqual.records import Message, ToolSpec
 from rorqual.server.backend import event
 from rorqual.server.engine_thread import Event, Ticket
 from rorqual.server.errors import ApiError, failed, invalid, unsupported
+from rorqual.server.policy import ServedPolicy
 from rorqual.server.protocol import (
     CallAnswer,
     CallDelta,
@@ -40,9 +41,6 @@ from rorqual.server.structured import JsonConstraint
 from rorqual.text.encoding import Encoding
 from rorqual.text.openai import message_from_openai, tool_from_openai
 from rorqual.text.streaming import Delta
-
-if TYPE_CHECKING:
-    from rorqual.server.local import ServedPolicy
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import secrets
 import time
 from array import array
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -24,6 +23,7 @@ from rorqual.server.engine_thread import EngineThread, ServingEngine, Ticket
 from rorqual.server.errors import ApiError, invalid, unsupported
 from rorqual.server.limits import ServerLimits
 from rorqual.server.metrics import Metrics
+from rorqual.server.policy import ServedPolicy
 from rorqual.server.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -35,37 +35,6 @@ from rorqual.server.protocol import (
     read_body,
 )
 from rorqual.server.reading import TextReader, text_logprobs, usage
-from rorqual.server.structured import SchemaCompiler
-from rorqual.text.encoding import Encoding, EncodingConfig
-
-
-@dataclass
-class ServedPolicy:
-    """A policy as it is served. name: what clients call it. encoding: with the thinking mode that holds by default.
-    system: stands first in a chat without a system message."""
-
-    name: str
-    encoding: Encoding
-    context_window: int
-    vocab_size: int
-    system: str = ""
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    def __post_init__(self) -> None:
-        self._encodings = {self.encoding.config.open_thinking: self.encoding}
-        self.compiler = SchemaCompiler(self.encoding.tokenizer, self.encoding.stop_token_ids[0], self.vocab_size)
-
-    def encoding_for(self, thinking: bool | None) -> Encoding:
-        """The encoding that thinks or does not; None is the default. Raises: ApiError where there is no such mode."""
-        if thinking is None:
-            return self.encoding
-        if thinking not in self._encodings:
-            config: EncodingConfig = msgspec.structs.replace(self.encoding.config, open_thinking=thinking)
-            try:
-                self._encodings[thinking] = Encoding(self.encoding.tokenizer, config)
-            except ValueError as error:
-                raise invalid(str(error), param="thinking") from error
-        return self._encodings[thinking]
 
 
 class LocalBackend:

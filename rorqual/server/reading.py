@@ -24,8 +24,9 @@ _INCOMPLETE = "\ufffd"
 
 
 class StopStrings:
-    """Cuts a growing text before the first stop string in it, wherever the text is cut into pieces.
+    """Cuts a growing text before the stop string that is complete first, the longest if several are.
 
+    The result does not depend on the pieces that the text comes in.
     What may turn out to be the beginning of a stop string waits for what follows.
     """
 
@@ -39,10 +40,10 @@ class StopStrings:
         if self.found:
             return ""
         text = self._held + text
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.found, self._held = True, ""
-            return text[: min(places)]
+            return text[: min(found)[1]]
         waiting = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - waiting :]
         return text[: len(text) - waiting]

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from test_local import VOCABULARY, assert_alike, mixed_requests, request, tiny_model
-
 from rorqual.engines.local import EngineConfig, LocalEngine
 from rorqual.models.layout import causal_layout
 from rorqual.records import Completion, GenerateRequest
+from tests.engines.test_local import VOCABULARY, assert_alike, mixed_requests, request, tiny_model
 
 
 def run(engine: LocalEngine) -> dict[str, Completion]:
