@@ -248,6 +248,14 @@ def serve(
     thinking: Annotated[
         bool | None, typer.Option("--thinking/--no-thinking", help="Whether the model thinks unless a request says so.")
     ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="What to leave out when the window fills: none, discard_all, discard_75 and so on."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer that counts an upstream's tokens for --context, with --format.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Window of an upstream's model, in tokens, for --context.")] = None,
     slots: Annotated[int, typer.Option(help="Answers at a time; each needs memory for its context.")] = 64,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is refused with 429.")] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer to ask for; 0 is what the window leaves.")] = 0,
@@ -255,7 +263,7 @@ def serve(
     template: Template = False,
     device: Device = "cpu",
 ) -> None:
-    """Serve a policy at an OpenAI-compatible address, or stand in front of another server and manage past thinking.
+    """Serve a policy at an OpenAI-compatible address, or stand in front of another server and manage its context.
 
     Needs the extra `serve`. Listens on this machine alone unless told otherwise.
 
@@ -266,7 +274,9 @@ def serve(
         rorqual serve ./DeepSeek-V3.2 --format deepseek_v32 --thinking --device cuda --name deepseek
 
         rorqual serve --upstream http://127.0.0.1:30000 --retention since_last_user --port 8001
-    """
+
+        rorqual serve --upstream https://api.example.com --upstream-key-env EXAMPLE_KEY --context discard_all --tokenizer ./DeepSeek-V3.2 --format deepseek_v32 --window 131072
+    """  # noqa: E501
     command = serving.ServeCommand(
         policy=policy,
         upstream=upstream,
@@ -279,6 +289,9 @@ def serve(
         form=form,
         retention=retention,
         thinking=thinking,
+        context=context,
+        tokenizer=tokenizer,
+        window=window,
         slots=slots,
         max_waiting=max_waiting,
         max_new_tokens=max_new_tokens,

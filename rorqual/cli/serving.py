@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import msgspec
 from rich.console import Console
@@ -13,18 +13,23 @@ from rich.console import Console
 from rorqual.cli.options import check_option
 from rorqual.cli.policies import load_policy
 from rorqual.engines.local import EngineConfig, LocalEngine
+from rorqual.rollout.compaction import Strategy
+from rorqual.rollout.context import ContextConfig
 from rorqual.server.backend import Backend
+from rorqual.server.context import ContextPolicy
 from rorqual.server.limits import ServerLimits
 from rorqual.server.local import LocalBackend
 from rorqual.server.metrics import Metrics
 from rorqual.server.policy import ServedPolicy
 from rorqual.server.run import ServerConfig, check_extra, listen, make_server
 from rorqual.server.upstream import UpstreamBackend
-from rorqual.text.encoding import Encoding
+from rorqual.text.encoding import Encoding, EncodingConfig
 from rorqual.text.formats import FORMATS
 from rorqual.text.retention import Retention
+from rorqual.text.tokenizer import Tokenizer
 
 DEFAULT_UPSTREAM_RETENTION: Retention = "since_last_user"
+_HINT = " To count tokens for --context, give --tokenizer, --format and --window."
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class ServeCommand:
     form: str | None
     retention: str | None
     thinking: bool | None
+    context: str | None
+    tokenizer: Path | None
+    window: int | None
     slots: int
     max_waiting: int
     max_new_tokens: int
@@ -56,11 +64,21 @@ class ServeCommand:
             raise ValueError(
                 "Give a run or a checkpoint to serve, or --upstream URL to stand in front of one; not both."
             )
-        own: dict[str, object] = {"--name": self.name, "--format": self.form, "--stage": self.stage}
+        own: dict[str, object] = {"--name": self.name, "--stage": self.stage}
+        if self.tokenizer is None:
+            own |= {"--format": self.form, "--context": self.context, "--window": self.window}
         own |= {"--template": self.template or None, "--thinking": self.thinking}
         for option, value in own.items():
             if self.upstream is not None and value is not None:
-                raise ValueError(f"{option} is about a policy of ours; the server at --upstream decides that.")
+                raise ValueError(f"{option} is about a policy of ours; the server at --upstream decides that.{_HINT}")
+        if self.upstream is None and (self.tokenizer is not None or self.window is not None):
+            raise ValueError("--tokenizer and --window count the tokens of an --upstream; leave them out.")
+        if self.tokenizer is not None and (self.context is None or self.window is None or self.form is None):
+            raise ValueError("--tokenizer is there to manage the context: give --context, --window and --format too.")
+        if self.context is not None and self.context not in get_args(Strategy):
+            raise ValueError(f"--context {self.context!r}: choose {', '.join(get_args(Strategy))}.")
+        check_option("--window", self.window, self.window is None or self.window >= 2, "2 or more")
+        self.context_policy(self.window or 2)
         if self.upstream is None and self.upstream_key_env is not None:
             raise ValueError("--upstream-key-env names the key of an --upstream; leave it out.")
         if self.retention is not None and self.retention not in get_args(Retention):
@@ -75,6 +93,12 @@ class ServeCommand:
         limits = ServerLimits(max_waiting=self.max_waiting, max_new_tokens=self.max_new_tokens)
         config = ServerConfig(host=self.host, port=self.port, api_key=self._key(), limits=limits)
         object.__setattr__(self, "config", config)
+
+    def context_policy(self, window: int) -> ContextPolicy | None:
+        """Raises: ValueError for a strategy that cannot be served."""
+        if self.context in (None, "none"):
+            return None
+        return ContextPolicy(ContextConfig(strategy=cast(Strategy, self.context)), window)
 
     def _key(self) -> str | None:
         if self.api_key is not None and self.api_key_file is not None:
@@ -108,7 +132,13 @@ def _upstream(command: ServeCommand) -> tuple[Backend, str]:
     limits = command.config.limits
     retention: Any = command.retention or DEFAULT_UPSTREAM_RETENTION
     in_flight = command.slots + command.max_waiting
-    return UpstreamBackend(command.upstream or "", key, retention, limits, in_flight), f"{command.upstream}"
+    context = None
+    policy = command.context_policy(command.window or 2)
+    if policy is not None and command.tokenizer is not None:
+        config = EncodingConfig(format=command.form or "chat", retention=retention)
+        context = (policy, Encoding(Tokenizer.load(command.tokenizer), config))
+    backend = UpstreamBackend(command.upstream or "", key, retention, limits, in_flight, context)
+    return backend, f"{command.upstream}"
 
 
 def _local(command: ServeCommand, metrics: Metrics) -> tuple[Backend, str]:
@@ -127,5 +157,6 @@ def _local(command: ServeCommand, metrics: Metrics) -> tuple[Backend, str]:
         context_window=engine.context_window,
         vocab_size=policy.model.config.vocab_size,
         system=policy.dialogue.system,
+        context=command.context_policy(engine.context_window),
     )
     return LocalBackend(served, engine, command.slots, command.config.limits, metrics), served.name

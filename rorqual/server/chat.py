@@ -67,6 +67,8 @@ def plan_chat(policy: ServedPolicy, request: ChatRequest) -> ChatPlan:
         if policy.system and messages[0].role not in ("system", "developer"):
             messages = (Message(role="system", content=policy.system), *messages)
         shown = schema if encoding.format.schema_section else None
+        if policy.context is not None:
+            messages = policy.context.seen(encoding, messages, tools, shown)
         prompt_ids = encoding.prompt(messages, tools, shown)
     except (ValueError, RecursionError) as error:
         words = "It is nested too deeply." if isinstance(error, RecursionError) else str(error)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from rorqual.server.context import ContextPolicy
 from rorqual.server.errors import invalid
 from rorqual.server.structured import SchemaCompiler
 from rorqual.text.encoding import Encoding, EncodingConfig
@@ -15,13 +16,14 @@ from rorqual.text.encoding import Encoding, EncodingConfig
 @dataclass
 class ServedPolicy:
     """A policy as it is served. name: what clients call it. encoding: with the thinking mode that holds by default.
-    system: stands first in a chat without a system message."""
+    system: stands first in a chat without a system message. context: None leaves every context as it is."""
 
     name: str
     encoding: Encoding
     context_window: int
     vocab_size: int
     system: str = ""
+    context: ContextPolicy | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

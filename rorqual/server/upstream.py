@@ -14,9 +14,11 @@ from urllib.parse import urlsplit
 import msgspec
 
 from rorqual.server.backend import Reply, error_event
+from rorqual.server.context import ContextPolicy
 from rorqual.server.errors import ApiError, failed, invalid, overloaded
 from rorqual.server.limits import ServerLimits
-from rorqual.text.openai import message_from_openai
+from rorqual.text.encoding import Encoding
+from rorqual.text.openai import message_from_openai, message_to_openai, tool_from_openai
 from rorqual.text.retention import Retention, kept_thinking
 
 if TYPE_CHECKING:
@@ -30,11 +32,18 @@ MAX_ANSWER_BYTES = 64 * 2**20
 class UpstreamBackend:
     """Implements `backend.Backend` over HTTP. The extra `serve` brings httpx.
 
-    url: of the other server, up to and without `/v1` or with it. api_key: its key, sent to it alone.
+    url: of the other server, up to and without `/v1` or with it. api_key: its key, sent to it alone. context: how
+    contexts are managed, with the encoding that counts their tokens; None leaves them as they are.
     """
 
     def __init__(
-        self, url: str, api_key: str | None, retention: Retention, limits: ServerLimits, max_in_flight: int
+        self,
+        url: str,
+        api_key: str | None,
+        retention: Retention,
+        limits: ServerLimits,
+        max_in_flight: int,
+        context: tuple[ContextPolicy, Encoding] | None = None,
     ) -> None:
         """Raises: ValueError for anything but an http(s) address."""
         parts = urlsplit(url)
@@ -44,7 +53,7 @@ class UpstreamBackend:
         self._headers = {"content-type": "application/json"}
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
-        self._retention, self._limits = retention, limits
+        self._retention, self._limits, self._context = retention, limits, context
         self._max_in_flight, self._in_flight = max_in_flight, 0
         self._client: httpx.AsyncClient | None = None
 
@@ -67,11 +76,13 @@ class UpstreamBackend:
 
     async def chat(self, body: bytes) -> Reply:
         request = _read_object(body)
-        messages = request.get("messages")
+        messages: Any = request.get("messages")
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise invalid("`messages` must be a list of messages.", param="messages")
         if not 0 < len(messages) <= self._limits.max_messages:
             raise invalid(f"{len(messages)} messages; give 1 to {self._limits.max_messages}.", param="messages")
+        if self._context is not None:
+            messages = await asyncio.to_thread(managed, messages, request.get("tools"), *self._context)
         request["messages"] = retained(messages, self._retention)
         return await self._forward("/chat/completions", msgspec.json.encode(request))
 
@@ -153,6 +164,23 @@ def retained(messages: Sequence[dict[str, Any]], retention: Retention) -> list[d
         message if keep else {name: value for name, value in message.items() if name not in THINKING}
         for message, keep in zip(messages, kept, strict=False)
     ]
+
+
+def managed(
+    messages: Sequence[dict[str, Any]], tools: Any, context: ContextPolicy, encoding: Encoding
+) -> list[dict[str, Any]]:
+    """The messages that the policy sees; those that stay are as they came.
+
+    Raises: ApiError for messages or tools that cannot be encoded, and where no room is left.
+    """
+    try:
+        records = [message_from_openai(message) for message in messages]
+        specs = [tool_from_openai(tool) for tool in tools or ()]
+        seen = context.seen(encoding, records, specs)
+    except (ValueError, RecursionError, TypeError, AttributeError) as error:
+        raise invalid(str(error), param="messages") from error
+    came = {id(record): message for record, message in zip(records, messages, strict=True)}
+    return [came[id(each)] if id(each) in came else message_to_openai(each) for each in seen]
 
 
 def _text_only(message: Mapping[str, Any]) -> dict[str, Any]:

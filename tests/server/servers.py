@@ -162,7 +162,7 @@ def serving(backend: Backend, metrics: Metrics | None = None, **settings: Any) -
 
 @contextlib.contextmanager
 def serving_engine(
-    engine: Any, served: Encoding = DIRECT, num_slots: int = 8, system: str = "", **limits: Any
+    engine: Any, served: Encoding = DIRECT, num_slots: int = 8, system: str = "", context: Any = None, **limits: Any
 ) -> Iterator[Served]:
     bounds = ServerLimits(**limits)
     policy = ServedPolicy(
@@ -171,6 +171,7 @@ def serving_engine(
         context_window=engine.context_window,
         vocab_size=TOKENIZER.vocab_size,
         system=system,
+        context=context,
     )
     backend = LocalBackend(policy, engine, num_slots, bounds, Metrics())
     with serving(backend, limits=bounds) as server:
