@@ -77,10 +77,13 @@ def make_server(backend: Backend, config: ServerConfig, metrics: Metrics) -> Any
 
 
 def listen(config: ServerConfig) -> socket.socket:
-    """The socket, bound. Raises: ValueError when the address cannot be had."""
+    """The socket, bound. Its connections send at once: a token must not wait for the reader's acknowledgement of the
+    one before, which takes 40 ms. Raises: ValueError when the address cannot be had."""
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        return socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+        place = socket.create_server((config.host, config.port), family=family, backlog=BACKLOG)
+        place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return place
     except OSError as error:
         raise ValueError(
             f"Cannot listen on {config.host}:{config.port} ({error.strerror or error}). Choose another --port or "
