@@ -1,4 +1,4 @@
-"""What the benchmarks of serving share: a tiny checkpoint that both sides read, and servers as processes of their own."""
+"""What the benchmarks of serving share: a tiny checkpoint that both sides read, and servers as processes."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from rorqual.text.tokenizer import train_tokenizer
 
 START_SECONDS = 120.0
 STOP_SECONDS = 20.0
-WORDS = "the whale swims with its mouth open and keeps only what feeds it ".split()
+SENTENCE = "the whale swims with its mouth open and keeps only what feeds it"
+WORDS = SENTENCE.split()
 CHAT_TEMPLATE = (
-    "{{ '<｜begin▁of▁sentence｜>' }}{% for message in messages %}{{ '<｜User｜>' + message['content'] + '<｜Assistant｜>' }}"
-    "{% endfor %}"
+    "{{ '<｜begin▁of▁sentence｜>' }}{% for message in messages %}"
+    "{{ '<｜User｜>' + message['content'] + '<｜Assistant｜>' }}{% endfor %}"
 )
 """The format `chat` for one question, for servers that read a template."""
 
 
 def write_chat_checkpoint(directory: Path, hidden_size: int = 128, context_window: int = 1024) -> Path:
     """A random Qwen2 with 4 layers and a tokenizer trained on a sentence, chat template included."""
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 9, 400)
+    tokenizer = train_tokenizer([SENTENCE] * 9, 400)
     config = ModelConfig(
         family="qwen2",
         vocab_size=512,
