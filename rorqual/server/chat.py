@@ -16,6 +16,7 @@ from rorqual.records import Message, ToolSpec
 from rorqual.server.backend import event
 from rorqual.server.engine_thread import Event, Ticket
 from rorqual.server.errors import ApiError, failed, invalid, unsupported
+from rorqual.server.forcing import ForcedCall, forced_call
 from rorqual.server.policy import ServedPolicy
 from rorqual.server.protocol import (
     CallAnswer,
@@ -52,7 +53,7 @@ class ChatPlan:
     tools: tuple[ToolSpec, ...]
     prompt_ids: array[int]
     stop_token_ids: tuple[int, ...]
-    constraints: list[JsonConstraint]
+    constraints: Sequence[JsonConstraint | ForcedCall]
 
 
 def plan_chat(policy: ServedPolicy, request: ChatRequest) -> ChatPlan:
@@ -75,11 +76,25 @@ def plan_chat(policy: ServedPolicy, request: ChatRequest) -> ChatPlan:
         raise invalid(words, param="messages") from error
     if not prompt_ids:
         raise invalid("The messages are encoded as no token at all. Say something.", param="messages")
-    constraints = []
-    if schema is not None:
-        thinks = encoding.config.open_thinking
-        constraints = [policy.compiler.constraint(schema, thinks) for _ in range(request.n or 1)]
+    constraints = bind(policy, request, encoding, tools, schema)
     return ChatPlan(encoding, messages, tools, prompt_ids, encoding.stop_token_ids, constraints)
+
+
+def bind(
+    policy: ServedPolicy,
+    request: ChatRequest,
+    encoding: Encoding,
+    tools: Sequence[ToolSpec],
+    schema: Mapping[str, Any] | None,
+) -> Sequence[JsonConstraint | ForcedCall]:
+    """A constraint for each choice of a request that binds its answer. Raises: ApiError where that cannot be done."""
+    count, choice = request.n or 1, request.tool_choice
+    if schema is not None:
+        return [policy.compiler.constraint(schema, encoding.config.open_thinking) for _ in range(count)]
+    if isinstance(choice, NamedTool) or choice == "required":
+        name = choice.function.name if isinstance(choice, NamedTool) else None
+        return [forced_call(encoding, tools, name, policy.vocab_size) for _ in range(count)]
+    return []
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
@@ -107,12 +122,7 @@ def wanted_thinking(request: ChatRequest) -> bool | None:
 
 
 def offered_tools(request: ChatRequest) -> tuple[ToolSpec, ...]:
-    """The tools that the policy is shown. Raises: ApiError for a choice that would have to be forced."""
-    if isinstance(request.tool_choice, NamedTool) or request.tool_choice == "required":
-        raise unsupported(
-            "A call cannot be forced: `tool_choice` may be auto or none. Say in a message that a tool must be used.",
-            "tool_choice",
-        )
+    """The tools that the policy is shown. Raises: ApiError for one that is none."""
     if request.tool_choice == "none":
         return ()
     try:
@@ -140,7 +150,14 @@ class ChatAnswer:
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         after_results = plan.messages[-1].role == "tool"
         self._readers = [
-            ChatReader(plan.encoding, plan.tools, after_results, f"call_{secrets.token_hex(6)}_", stops)
+            ChatReader(
+                plan.encoding,
+                plan.tools,
+                after_results,
+                f"call_{secrets.token_hex(6)}_",
+                stops,
+                one_call=request.parallel_tool_calls is False,
+            )
             for _ in range(request.n or 1)
         ]
 
@@ -188,7 +205,7 @@ class ChatAnswer:
         delta = reader.feed(news.token_ids)
         if reader.stopped:
             ticket.stop(news.choice)
-            return delta, "stop"
+            return delta, reader.stop_reason
         if news.end is None:
             return delta, None
         if self._plan.constraints and self._plan.constraints[news.choice].problem:

@@ -62,15 +62,22 @@ def _overlap(text: str, stop: str) -> int:
 class ChatReader:
     """Reads one choice of a chat. Stop strings count in the content alone, not in thinking and not in calls.
 
-    stopped: a stop string was found, so nothing more is wanted. thinking, calls: what was given so far.
+    one_call: the answer ends with its first call. stopped: a stop string or the one call was found, so nothing more is
+    wanted. thinking, calls: what was given so far.
     """
 
     def __init__(
-        self, encoding: Encoding, tools: Sequence[ToolSpec], after_results: bool, call_prefix: str, stops: Sequence[str]
+        self,
+        encoding: Encoding,
+        tools: Sequence[ToolSpec],
+        after_results: bool,
+        call_prefix: str,
+        stops: Sequence[str],
+        one_call: bool = False,
     ) -> None:
         self._tokenizer = encoding.tokenizer
         self._stream = encoding.stream(tools=tools or None, after_results=after_results, call_prefix=call_prefix)
-        self._stops = StopStrings(stops)
+        self._stops, self._one_call = StopStrings(stops), one_call
         names = self._tokenizer.special_tokens
         self._close_id = self._tokenizer.special_id("think_close") if "think_close" in names else None
         self._closed_at: int | None = None
@@ -80,7 +87,11 @@ class ChatReader:
 
     @property
     def stopped(self) -> bool:
-        return self._stops.found
+        return self._stops.found or (self._one_call and bool(self.calls))
+
+    @property
+    def stop_reason(self) -> FinishReason:
+        return "stop" if self._stops.found else "tool_calls"
 
     def feed(self, ids: Sequence[int]) -> Delta:
         """What these tokens make certain."""
@@ -94,7 +105,7 @@ class ChatReader:
         last = self._cut(self._stream.finish()[0])
         if not self.stopped:
             last = join_deltas([last, Delta(content=self._stops.finish())])
-        return last, "tool_calls" if self.calls and end == "stop" and not self.stopped else end
+        return last, "tool_calls" if self.calls and end == "stop" and not self._stops.found else end
 
     def num_reasoning_tokens(self) -> int:
         """Tokens before the `</think>`, if there is thinking; where that is no token, those of the thinking's text."""
@@ -108,7 +119,7 @@ class ChatReader:
         if self.stopped:
             return Delta()
         content = self._stops.feed(delta.content)
-        calls = () if self.stopped else delta.tool_calls
+        calls = () if self._stops.found else delta.tool_calls[: 1 if self._one_call else None]
         if calls and not self.calls:
             content += self._stops.finish()
         self.thinking += delta.thinking

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
 from array import array
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 import pydantic
 import pytest
 
 from rorqual.records import GenerateRequest, SamplingParams
+from rorqual.text.encoding import Encoding
 from tests.server.servers import DIRECT, EOS, TOKENIZER, Served, local_engine, saying, serving_engine
 from tests.text.conversations import V32, ids_of, user
 
@@ -164,6 +166,7 @@ def test_thinking_is_free_and_the_answer_is_bound() -> None:
     """The policy thinks until it draws `</think>`; a schema binds what follows, and never what comes before."""
     model = local_engine()
     model.model.lm_head.weight.data[TOKENIZER.special_id("think_close")] *= 4
+    ended = 0
     with serving_engine(model, V32) as server:
         for seed in range(4):
             answer = server.client().chat.completions.create(
@@ -177,8 +180,10 @@ def test_thinking_is_free_and_the_answer_is_bound() -> None:
             )
             message, details = answer.choices[0].message, answer.usage.completion_tokens_details
             if answer.choices[0].finish_reason == "stop":
+                ended += 1
                 assert json.loads(message.content) in ("sea", "land")
                 assert 0 <= details.reasoning_tokens < answer.usage.completion_tokens
+    assert ended
 
 
 @pytest.mark.parametrize(
@@ -227,6 +232,49 @@ def test_reasoning_and_calls(stream: bool) -> None:
         drawn = list(ids_of("Look it up 🐋.</think>I search." + CALLS))
         assert second[: len(first)] == first
         assert TOKENIZER.decode(second[len(first) :]).startswith(TOKENIZER.decode(drawn))
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "open"}}])
+@pytest.mark.parametrize("encoding", [DIRECT, V32])
+def test_a_random_policy_can_be_made_to_call(choice: Any, encoding: Encoding) -> None:
+    """Every answer begins, behind its thinking, with a call of a tool that is offered."""
+    engine = local_engine()
+    if encoding is V32:
+        engine.model.lm_head.weight.data[TOKENIZER.special_id("think_close")] *= 4
+    tools: Any = [FIND, {"type": "function", "function": {"name": "open"}}]
+    begun = set()
+    with serving_engine(engine, encoding) as server:
+        for seed in range(6):
+            request = {"model": "tiny", "messages": ASKED, "tools": tools, "tool_choice": choice, "seed": seed}
+            request |= {"max_tokens": 120, "temperature": 1.0 if encoding is V32 else 5.0}
+            (answer,) = server.client().chat.completions.create(**request).choices
+            begin = r'\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="(\w+)">\n'
+            found = re.match(begin, answer.message.content or "")
+            if encoding is V32 and not answer.message.content:
+                assert answer.finish_reason == "length"
+                continue
+            assert found
+            begun.add(found[1])
+    offered = {"find", "open"} if choice == "required" else {"open"}
+    assert begun == offered if encoding is DIRECT else begun and begun <= offered
+    with serving_engine(engine, encoding) as server, pytest.raises(openai.BadRequestError, match="'fly' is not one"):
+        fly: Any = {"type": "function", "function": {"name": "fly"}}
+        server.client().chat.completions.create(model="tiny", messages=ASKED, tools=tools, tool_choice=fly)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_and_no_more(stream: bool) -> None:
+    with serving_engine(saying("I search." + CALLS)) as server:
+        asked: Any = {"model": "tiny", "messages": ASKED, "tools": [FIND], "parallel_tool_calls": False}
+        if stream:
+            with server.client().chat.completions.stream(**asked) as events:
+                (choice,) = events.get_final_completion().choices
+        else:
+            (choice,) = server.client().chat.completions.create(**asked).choices
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content == "I search."
+        (call,) = choice.message.tool_calls
+        assert json.loads(call.function.arguments) == {"query": "sea", "limit": 3}
 
 
 def test_past_thinking_is_kept_by_the_formats_rule() -> None:

@@ -71,7 +71,7 @@ def ask(server: Served, path: str = CHAT, **changes: Any) -> httpx.Response:
         ({"logit_bias": {"5": 1.0}}, "logit_bias"),
         ({"frequency_penalty": 0.5}, "frequency_penalty"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, ""),
-        ({"tool_choice": "required"}, "cannot be forced"),
+        ({"tool_choice": "required"}, "no tools that are offered"),
         ({"response_format": {"type": "xml"}}, "xml"),
     ],
 )
