@@ -162,11 +162,17 @@ def serving(backend: Backend, metrics: Metrics | None = None, **settings: Any) -
 
 @contextlib.contextmanager
 def serving_engine(
-    engine: Any, served: Encoding = DIRECT, num_slots: int = 8, system: str = "", context: Any = None, **limits: Any
+    engine: Any,
+    served: Encoding = DIRECT,
+    num_slots: int = 8,
+    system: str = "",
+    context: Any = None,
+    name: str = "tiny",
+    **limits: Any,
 ) -> Iterator[Served]:
     bounds = ServerLimits(**limits)
     policy = ServedPolicy(
-        name="tiny",
+        name=name,
         encoding=served,
         context_window=engine.context_window,
         vocab_size=TOKENIZER.vocab_size,

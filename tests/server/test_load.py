@@ -108,11 +108,10 @@ def test_a_client_that_goes_away_frees_its_slots(stream: bool) -> None:
 
 
 def test_a_reader_that_stops_reading_is_given_up() -> None:
-    """It reads nothing while the answer fills every buffer on the way."""
-    big = ids_of("🐋" * 2000)
-    engine = ScriptedEngine(lambda request: list(big) * 40)
+    """It reads nothing while the answer fills every buffer on the way; a long name makes every event large."""
+    engine = ScriptedEngine(lambda request: list(ids_of("word ")) * 4000)
     engine.context_window = 10**6
-    with serving_engine(engine, send_timeout_seconds=1.0) as server:
+    with serving_engine(engine, name="tiny" * 5000, send_timeout_seconds=1.0) as server:
         address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
         asked = json.dumps(body(stream=True)).encode()
         client = socket.socket()
