@@ -172,12 +172,31 @@ class Selections(Record):
 class GenerateRequest(Record):
     """Continue `prompt_ids`. `request_id` is the caller's, unique among requests in flight.
 
+    num_alternatives: how many of the likeliest tokens to note beside each drawn one; None notes nothing.
     `GenerateRequest(request_id="t17#0.0", prompt_ids=array("i", [1, 44, 12]), params=SamplingParams(seed=3))`
     """
 
     request_id: str
     prompt_ids: IntArray
     params: SamplingParams
+    num_alternatives: int | None = None
+
+
+class Alternatives(Record):
+    """What a model thought of each drawn token, at temperature 1 and before anything is cut or forbidden.
+
+    logprobs: of the drawn tokens, in nats. ids, top_logprobs: the `num` likeliest tokens of each place in descending
+    order, flattened.
+    `Alternatives(num=2, logprobs=array("d", [-0.1]), ids=array("i", [5, 9]), top_logprobs=array("d", [-0.1, -2.4]))`
+    """
+
+    num: int
+    logprobs: FloatArray
+    ids: IntArray
+    top_logprobs: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.logprobs)
 
 
 class Completion(Record):
@@ -187,7 +206,8 @@ class Completion(Record):
         renormalised), in nats. entropies: of that same distribution, in nats. kept: None when nothing was truncated.
     kept_mass: probability that the truncation kept, before renormalising. routes: of every token that was fed to the
         model, prompt included and the last drawn token excluded; None for a dense model. selections: of the same
-        tokens, where the engine records them.
+        tokens, where the engine records them. alternatives: where the request asked for them. A constrained request is
+        drawn from what its constraint left, which `kept` does not list: it is for answers, not for training.
     """
 
     request_id: str
@@ -200,12 +220,13 @@ class Completion(Record):
     kept: KeptTokens | None = None
     routes: Routes | None = None
     selections: Selections | None = None
+    alternatives: Alternatives | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ trajectory
 
 
-BreakReason = Literal["new_user", "tool_results", "summary", "discard_75", "discard_all"]
+BreakReason = Literal["new_user", "tool_results", "summary", "discard_75", "discard_all", "truncation"]
 
 
 class Segment(Record):
@@ -261,8 +282,31 @@ class Evidence(Record):
     facts: dict[str, Any] = {}
 
 
+ContextAction = Literal["summary", "discard_75", "discard_all", "truncation", "parallel_fewest_step"]
+
+
+class ContextEvent(Record):
+    """One time that context management changed what the policy sees.
+
+    turn: messages that the policy had said by then. tokens_before, tokens_after: of the context, up to where the policy
+    speaks. A context whose results alone were truncated has as many calls after as before.
+    `ContextEvent(kind="discard_all", turn=9, tokens_before=820, tokens_after=64, num_calls_before=9,
+    num_calls_after=0)`
+    """
+
+    kind: ContextAction
+    turn: int
+    tokens_before: int
+    tokens_after: int
+    num_calls_before: int
+    num_calls_after: int
+
+
 class Trajectory(Record):
-    """One episode, whatever happened: a failed rollout is a trajectory with a reason, never a missing row."""
+    """One episode, whatever happened: a failed rollout is a trajectory with a reason, never a missing row.
+
+    events: what context management did, in order.
+    """
 
     trajectory_id: str
     task_id: str
@@ -273,6 +317,7 @@ class Trajectory(Record):
     evidence: Evidence
     end: EndReason
     error: str | None = None
+    events: tuple[ContextEvent, ...] = ()
 
 
 class Score(Record):

@@ -40,6 +40,7 @@ OPTIONAL = {
     "openai",
     "tenacity",
 }
+OPTIONAL |= {"starlette", "uvicorn", "httpx", "prometheus_client", "llguidance"}
 """What a function may import: packages that the core install leaves out."""
 
 TORCH_FREE = ["records", "contracts", "config", "store", "viewer"]
@@ -101,9 +102,8 @@ def early_import_violations(name: str, source: str) -> list[str]:
     """
     tree = ast.parse(source)
     allowed = {"triton"} if name.startswith("rorqual.ops.gpu.") else set()
-    inside = {
-        id(node) for function in ast.walk(tree) if isinstance(function, ast.FunctionDef) for node in ast.walk(function)
-    }
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {id(node) for function in functions for node in ast.walk(function)}
     guarded = {id(node) for each in ast.walk(tree) if isinstance(each, ast.Try | ast.If) for node in ast.walk(each)}
     return [
         f"{name}:{node.lineno} imports {target} at the top"
@@ -204,6 +204,7 @@ def test_the_check_allows_what_is_allowed_and_sees_late_imports_and_cycles() -> 
     )
     assert late_import_violations("m", "def f():\n    import json") == ["m:2 imports json inside f"]
     assert late_import_violations("m", "def f():\n    import plotly.offline") == []
+    assert early_import_violations("m", "async def f():\n    import httpx") == []
     assert early_import_violations("m", "import scipy.stats") == ["m:1 imports scipy.stats at the top"]
     assert early_import_violations("rorqual.ops.gpu.dsa", "import triton") == []
     assert early_import_violations("m", "import triton") == ["m:1 imports triton at the top"]

@@ -24,6 +24,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "report": ("plotly",),
     "eval": ("scipy",),
     "agents": ("openai", "tenacity"),
+    "serve": ("starlette", "uvicorn", "httpx", "prometheus-client", "llguidance"),
     "bench": ("trl",),
     "dev": ("pytest", "hypothesis", "ruff", "mypy"),
 }

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from rorqual.cli import chat as chatting
-from rorqual.cli import tables
+from rorqual.cli import serving, tables
 from rorqual.cli.doctor import examine
 from rorqual.cli.evaluation import EvalCommand, run_evaluation
 from rorqual.cli.export import export_policy
@@ -243,6 +243,88 @@ def chat(
         raise ValueError(f"{speaker.label} answers single questions, so it cannot go on from --load {load}.")
     speaker.messages += messages
     chatting.converse(console, speaker, question)
+
+
+@app.command()
+def serve(
+    policy: Annotated[
+        Path | None, typer.Argument(help="A run directory, or a checkpoint in Hugging Face's layout.")
+    ] = None,
+    upstream: Annotated[
+        str | None,
+        typer.Option(help="Address of an OpenAI-compatible server to stand in front of, in place of POLICY."),
+    ] = None,
+    upstream_key_env: Annotated[
+        str | None, typer.Option(help="Name of the environment variable that holds that server's key.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; anything but loopback needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen; 0 takes a free port.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(help="Key that clients must send; other users of the machine can see this option.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File that holds the key that clients must send.")] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; by default where it is from.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="Message format: chat, deepseek_v3, deepseek_r1 or deepseek_v32.")
+    ] = None,
+    retention: Annotated[
+        str | None, typer.Option(help="Which past thinking stays: since_last_user, all or none.")
+    ] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="Whether the model thinks unless a request says so.")
+    ] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="What to leave out when the window fills: none, discard_all, discard_75 and so on."),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer that counts an upstream's tokens for --context, with --format.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Window of an upstream's model, in tokens, for --context.")] = None,
+    slots: Annotated[int, typer.Option(help="Answers at a time; each needs memory for its context.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; one more is refused with 429.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer to ask for; 0 is what the window leaves.")] = 0,
+    stage: Stage = None,
+    template: Template = False,
+    device: Device = "cpu",
+) -> None:
+    """Serve a policy at an OpenAI-compatible address, or stand in front of another server and manage its context.
+
+    Needs the extra `serve`. Listens on this machine alone unless told otherwise.
+
+    Examples:
+
+        rorqual serve runs/demo
+
+        rorqual serve ./DeepSeek-V3.2 --format deepseek_v32 --thinking --device cuda --name deepseek
+
+        rorqual serve --upstream http://127.0.0.1:30000 --retention since_last_user --port 8001
+
+        rorqual serve --upstream https://api.example.com --upstream-key-env EXAMPLE_KEY --context discard_all --tokenizer ./DeepSeek-V3.2 --format deepseek_v32 --window 131072
+    """  # noqa: E501
+    command = serving.ServeCommand(
+        policy=policy,
+        upstream=upstream,
+        upstream_key_env=upstream_key_env,
+        host=host,
+        port=port,
+        api_key=api_key,
+        api_key_file=api_key_file,
+        name=name,
+        form=form,
+        retention=retention,
+        thinking=thinking,
+        context=context,
+        tokenizer=tokenizer,
+        window=window,
+        slots=slots,
+        max_waiting=max_waiting,
+        max_new_tokens=max_new_tokens,
+        stage=stage,
+        template=template,
+        device=device,
+    )
+    serving.serve(command, console)
 
 
 @app.command()

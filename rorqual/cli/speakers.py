@@ -7,6 +7,7 @@ answer that is stopped stays as far as it came.
 from __future__ import annotations
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -156,15 +157,17 @@ class Speaker:
         request = GenerateRequest(request_id=str(self._turns), prompt_ids=prompt, params=self._params(room))
         self._turns += 1
         stream, given, deltas = conversation.stream(), 0, list[Delta]()
+        name = request.request_id
         done: list[Completion] = []
         self._engine.submit([request])
         try:
             while not done:
                 done = self._engine.step()
-                ids = done[0].token_ids.tolist() if done else self._engine.drawn(request.request_id)
-                deltas.append(stream.feed(ids[given:]))
+                drawn = self._engine.drawn({name: given}).get(name)
+                new = done[0].token_ids[given:] if done else drawn.token_ids if drawn else array("i")
+                deltas.append(stream.feed(new.tolist()))
                 listener.delta(deltas[-1])
-                given = len(ids)
+                given += len(new)
         except KeyboardInterrupt:
             self._engine.cancel()
             self._conversation = None

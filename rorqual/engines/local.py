@@ -10,6 +10,7 @@ Shapes: R rows, Q queries a row, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from rorqual.engines.sampling import LogitsNotFinite, Sampler
 from rorqual.engines.slots import SlotTable
+from rorqual.engines.steering import Constraint, Drawn, alternatives_row, forbid, log_probs
 from rorqual.models.cache import cached_layout
 from rorqual.models.decoder import Decoder
 from rorqual.models.index_keys import IndexKeys
@@ -66,6 +68,7 @@ class LocalEngine:
         self.undelivered: list[Completion] = []
         self.num_decoding = 0
         self.num_steps = 0
+        self.constraints: dict[str, Constraint] = {}
         self.sampler: tuple[list[GenerateRequest | None], Sampler] = ([], Sampler([]))
 
     # --------------------------------------------------------------------------------------------------- contract
@@ -80,9 +83,12 @@ class LocalEngine:
         """Requests that wait or are being answered."""
         return len(self.queue) + sum(request is not None for request in self.table.requests)
 
-    def submit(self, requests: Sequence[GenerateRequest]) -> None:
-        """Queue requests. Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then
-        none of the requests is queued."""
+    def submit(self, requests: Sequence[GenerateRequest], constraints: Mapping[str, Constraint] | None = None) -> None:
+        """Queue requests; `constraints`, by request id, say which tokens may come.
+
+        Raises: ValueError for an empty prompt, one that fills the window, or an id in flight; then none of the requests
+        is queued.
+        """
         if self.model.embed_tokens.weight.dtype != self.table.cache.dtype:
             raise ValueError(
                 f"The model is {self.model.embed_tokens.weight.dtype} now, and was {self.table.cache.dtype} when this "
@@ -93,6 +99,7 @@ class LocalEngine:
             self._check(request, in_flight)
             in_flight.add(request.request_id)
         self.queue.extend(requests)
+        self.constraints |= constraints or {}
 
     def step(self) -> list[Completion]:
         """Advance all requests; the completions that ended, those first that ended during a call of `generate`."""
@@ -125,17 +132,39 @@ class LocalEngine:
                     self.undelivered.append(completion)
         return [done[request.request_id] for request in requests]
 
-    def drawn(self, request_id: str) -> list[int]:
-        """What a request in flight has drawn so far, to be shown while it is answered."""
+    def drawn(self, since: Mapping[str, int]) -> dict[str, Drawn]:
+        """For each request in flight that has drawn tokens: those after its first `since` ones, 0 where it is not
+        named. What ended is in the completions of `step` instead."""
+        found = {}
+        for slot, request in enumerate(self.table.requests[: self.num_decoding]):
+            if request is not None:
+                first = since.get(request.request_id, 0)
+                start = int(self.table.prompt_length[slot]) + first
+                ids = self.table.tokens[slot, start : int(self.table.length[slot])]
+                alternatives = self.table.noted_alternatives(slot, first)
+                found[request.request_id] = Drawn(array("i", ids.astype(np.int32).tobytes()), alternatives)
+        return found
+
+    def abort(self, request_id: str) -> bool:
+        """Withdraw one request between two steps; the others draw what they would have drawn.
+
+        What the cache holds of it stays for prompts that begin alike. False when no such request is in flight.
+        """
+        self.constraints.pop(request_id, None)
+        waiting = [request for request in self.queue if request.request_id != request_id]
+        if len(waiting) < len(self.queue):
+            self.queue = deque(waiting)
+            return True
         for slot, request in enumerate(self.table.requests):
             if request is not None and request.request_id == request_id:
-                start, end = int(self.table.prompt_length[slot]), int(self.table.length[slot])
-                return [int(token) for token in self.table.tokens[slot, start:end]]
-        return []
+                self._leave(slot)
+                return True
+        return False
 
     def cancel(self) -> None:
         """Give up every request that waits or is being answered. Nothing cached survives."""
         self.queue.clear()
+        self.constraints.clear()
         self.num_decoding = 0
         self.table.clear()
 
@@ -155,7 +184,12 @@ class LocalEngine:
         self.table.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """Queue, slots and cache: all that the coming steps depend on but the weights."""
+        """Queue, slots and cache: all that the coming steps depend on but the weights.
+
+        Raises: ValueError while a constrained request is in flight; what a constraint has seen cannot be saved.
+        """
+        if self.constraints:
+            raise ValueError(f"Requests {list(self.constraints)} are constrained; let them end or abort them first.")
         return {
             "table": self.table.state_dict(),
             "queue": [to_json(request).decode() for request in self.queue],
@@ -313,14 +347,21 @@ class LocalEngine:
         table, rows = self.table, slice(slots.start, slots.stop)
         sampler, place = self._sampler(table.requests[rows]), table.length[rows]
         drawn = place - table.prompt_length[rows]
+        requests = table.requests[rows]
+        logits_RV = self.model.logits(hidden_RD)
+        logprobs = log_probs(logits_RV, requests)
         try:
-            draws = sampler.draw(self.model.logits(hidden_RD), drawn)
+            draws = sampler.draw(forbid(logits_RV, requests, self.constraints), drawn)
         except LogitsNotFinite as error:
             asked = [table.requests[slots.start + row] for row in error.rows[:3]]
             named = ", ".join(repr(request.request_id) for request in asked if request is not None)
             raise ValueError(f"{error} Requests: {named}. `cancel` frees the engine for other weights.") from error
         table.grow(int(place.max()) + 1)
         token_R = table.note(slots, draws)
+        for row, logprob_V in logprobs.items():
+            count = getattr(requests[row], "num_alternatives", 0)
+            table.alternatives[slots.start + row].append(alternatives_row(logprob_V, int(token_R[row]), count))
+        self._tell_constraints(requests, token_R)
         stopped = sampler.stops(token_R)
         ended = stopped | (drawn + 1 >= sampler.max_new_R) | (table.length[rows] >= self.context_window)
         reasons = {row: "stop" if stopped[row] else "length" for row in np.flatnonzero(ended).tolist()}
@@ -338,11 +379,23 @@ class LocalEngine:
         """Hand out the completion of a decoding slot and leave its tokens behind for reuse. Called from the last slot
         down."""
         completion = self.table.completion(slot, finish_reason, self.weight_version)
+        self.constraints.pop(completion.request_id, None)
+        self._leave(slot)
+        return completion
+
+    def _leave(self, slot: int) -> None:
+        """Free a slot; what it holds stays for reuse."""
         self.table.requests[slot] = None
         self.table.last_used[slot] = self.num_steps
-        self.num_decoding -= 1
-        self.table.swap(slot, self.num_decoding)
-        return completion
+        if slot < self.num_decoding:
+            self.num_decoding -= 1
+            self.table.swap(slot, self.num_decoding)
+
+    def _tell_constraints(self, requests: list[GenerateRequest | None], token_R: np.ndarray) -> None:
+        for request, token in zip(requests, token_R.tolist(), strict=True):
+            constraint = self.constraints.get(request.request_id) if request is not None else None
+            if constraint is not None:
+                constraint.accept(token)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(self.model.embed_tokens.weight.device)

@@ -19,10 +19,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rorqual.engines.sampling import Draws
+from rorqual.engines.steering import pack_alternatives
 from rorqual.models.cache import KVCache
 from rorqual.models.decoder import Decoder
 from rorqual.models.index_keys import IndexKeys
-from rorqual.records import Completion, GenerateRequest, KeptTokens, Routes, Selections, from_json, to_json
+from rorqual.records import (
+    Alternatives,
+    Completion,
+    GenerateRequest,
+    KeptTokens,
+    Routes,
+    Selections,
+    from_json,
+    to_json,
+)
 
 ROW_COLUMNS = ("tokens", "logprobs", "entropies", "kept_mass")
 REPLAY_COLUMNS = ("routes", "selections")
@@ -35,7 +45,8 @@ class SlotTable:
     tokens [S, C]: prompt, then drawn tokens; length: how many are known; cached: how many the cache holds;
     prompt_length: how many came with the request; last_used: step of the last use, for eviction; family: slots of
     one number hold the same prompt; prompt_hidden [S, D]: hidden state after the last prompt token; routes [S, C,
-    L*K]; selections: likewise, where they are recorded; kept: one array of ids for each drawn token.
+    L*K]; selections: likewise, where they are recorded; kept: one array of ids for each drawn token; alternatives: one
+    row of `steering.alternatives_row` for each drawn token, where the request asks for them.
     """
 
     def __init__(
@@ -60,6 +71,7 @@ class SlotTable:
         self.family = np.arange(num_slots)
         self.requests: list[GenerateRequest | None] = [None] * num_slots
         self.kept: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
+        self.alternatives: list[list[np.ndarray]] = [[] for _ in range(num_slots)]
         self.prompt_hidden = model.embed_tokens.weight.detach().new_zeros(num_slots, model.config.hidden_size)
         moe = model.config.moe
         self.route_shape = (len(model.config.moe_layers), moe.experts_per_token) if moe else (0, 0)
@@ -111,6 +123,7 @@ class SlotTable:
         self.family[slot] = self.family.max() + 1
         self.requests[slot] = request
         self.kept[slot] = []
+        self.alternatives[slot] = []
         self.last_used[slot] = step
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
@@ -133,7 +146,8 @@ class SlotTable:
             column[pair] = column[swapped]
         self.prompt_hidden[pair] = self.prompt_hidden[swapped]
         self.requests[first], self.requests[second] = self.requests[second], self.requests[first]
-        self.kept[first], self.kept[second] = self.kept[second], self.kept[first]
+        for lists in (self.kept, self.alternatives):
+            lists[first], lists[second] = lists[second], lists[first]
 
     def grow(self, capacity: int) -> None:
         """Make room for `capacity` tokens a slot, at least doubling, up to `max_capacity`.
@@ -217,7 +231,14 @@ class SlotTable:
             kept=_pack_kept(self.kept[slot]) if request.params.truncates else None,
             routes=self._routes(slot, end - 1),
             selections=self._selections(slot, end - 1),
+            alternatives=self.noted_alternatives(slot, 0),
         )
+
+    def noted_alternatives(self, slot: int, first: int) -> Alternatives | None:
+        """Of the tokens drawn from the `first`-th on; None where the request asks for none."""
+        request = self.requests[slot]
+        count = request.num_alternatives if request is not None else None
+        return None if count is None else pack_alternatives(self.alternatives[slot][first:], count)
 
     def _routes(self, slot: int, length: int) -> Routes | None:
         if not self.route_shape[0]:
@@ -248,6 +269,7 @@ class SlotTable:
         state["prompt_hidden"] = self.prompt_hidden[where].cpu()
         state["requests"] = [None if r is None else to_json(r).decode() for r in self.requests]
         state["kept_ids"] = [np.concatenate(k) if k else np.zeros(0, dtype=np.int32) for k in self.kept]
+        state["alternatives"] = [np.stack(rows) if rows else np.zeros((0, 1)) for rows in self.alternatives]
         state["kept_counts"] = [np.array([len(ids) for ids in k], dtype=np.int64) for k in self.kept]
         return state
 
@@ -276,6 +298,7 @@ class SlotTable:
             np.split(np.asarray(ids), np.cumsum(counts)[:-1]) if len(counts) else []
             for ids, counts in zip(state["kept_ids"], state["kept_counts"], strict=True)
         ]
+        self.alternatives = [list(np.asarray(rows)) for rows in state["alternatives"]]
 
 
 def _pack_kept(kept: list[np.ndarray]) -> KeptTokens:

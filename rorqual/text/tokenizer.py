@@ -93,6 +93,10 @@ class Tokenizer:
         _write_whole(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=2) + "\n")
         _write_whole(folder / "tokenizer.json", self._backend.to_str(pretty=True))
 
+    def to_json(self) -> str:
+        """The text of its `tokenizer.json`, for other libraries that read one."""
+        return str(self._backend.to_str())
+
     def encode(self, text: str, allow_special: bool = False) -> array[int]:
         """Token ids of `text`, nothing added. `allow_special` turns the text of a special token into its id.
 
