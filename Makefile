@@ -43,6 +43,7 @@ types: $(VENV)/.installed-dev  ## check types
 bench: $(VENV)/.installed-bench  ## time the training step and generation beside their peers
 	$(BIN)/python benchmarks/grpo_step.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/serve.py
 
 docs: $(VENV)/.installed-dev  ## write docs/cli.md anew and check every link in the docs
 	$(BIN)/python -m rorqual.cli docs > docs/cli.md

@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 from array import array
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -204,7 +204,7 @@ class LocalBackend:
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return ticket
 
-    async def _stream(self, ticket: Ticket, events: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[bytes]:
+    async def _stream(self, ticket: Ticket, events: AsyncIterator[tuple[int, bytes]]) -> AsyncGenerator[bytes, None]:
         """Events and `[DONE]`; each comes with how many tokens it tells of."""
         count = 0
         with ticket:
@@ -232,6 +232,7 @@ class TextAnswer:
         self, policy: ServedPolicy, request: CompletionRequest, identity: str, prompts: Sequence[array[int]]
     ) -> None:
         self.id, self._policy, self._request = identity, policy, request
+        self._created = int(time.time())
         encoding = policy.encoding
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         self.readers = [TextReader(encoding.tokenizer, encoding.stop_token_ids, stops) for _ in prompts]
@@ -276,7 +277,7 @@ class TextAnswer:
 
     def _answer(self, choices: list[TextChoice], used: Any) -> TextCompletion:
         return TextCompletion(
-            id=self.id, created=self._policy.created, model=self._policy.name, choices=choices, usage=used
+            id=self.id, created=self._created, model=self._policy.name, choices=choices, usage=used
         )
 
 
