@@ -189,7 +189,9 @@ class LocalBackend:
         num_alternatives: int | None,
         constraints: Sequence[Constraint],
     ) -> Ticket:
-        """A request for each prompt; choice i draws with the seed plus i."""
+        """A request for each prompt; choice i draws with the seed plus i. Raises: ApiError where the queue is full."""
+        if len(prompts) > self.thread.max_requests:
+            raise invalid(f"{len(prompts)} choices; this server holds {self.thread.max_requests} at once.", param="n")
         requests = [
             GenerateRequest(
                 request_id=f"{name}.{index}",
@@ -276,9 +278,7 @@ class TextAnswer:
         return usage(self._num_prompt, sum(reader.num_tokens for reader in self.readers), 0)
 
     def _answer(self, choices: list[TextChoice], used: Any) -> TextCompletion:
-        return TextCompletion(
-            id=self.id, created=self._created, model=self._policy.name, choices=choices, usage=used
-        )
+        return TextCompletion(id=self.id, created=self._created, model=self._policy.name, choices=choices, usage=used)
 
 
 def _joined(parts: Sequence[TextChoice]) -> TextChoice:
