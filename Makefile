@@ -43,6 +43,7 @@ types: $(VENV)/.installed-dev  ## check types
 bench: $(VENV)/.installed-bench  ## time the training step and generation beside their peers
 	$(BIN)/python benchmarks/grpo_step.py
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/serve.py
 
 bench-quality: $(VENV)/.installed-bench  ## what sparse attention costs in quality: left alone for the better part of an hour
 	$(BIN)/python benchmarks/sparse_quality.py --arm nsa & $(BIN)/python benchmarks/sparse_quality.py --arm dsa && wait

@@ -65,7 +65,8 @@ def write_chat_checkpoint(directory: Path, hidden_size: int = 128, context_windo
 
 @contextlib.contextmanager
 def running(command: Sequence[str], port: int, path: str) -> Iterator[subprocess.Popen[str]]:
-    """The process of a server on loopback, which is waited for at `path` and ends with the block."""
+    """The process of a server on loopback, which is waited for at `path` and ends with the block, SIGTERM included."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True

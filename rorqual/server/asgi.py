@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapping, MutableMapping
 from typing import Any
 
 from rorqual.server.backend import Reply
@@ -92,10 +93,11 @@ async def send_reply(receive: Receive, send: Send, reply: Reply, limits: ServerL
         raise ClientGoneError from error
 
 
-async def _send_events(send: Send, events: AsyncIterator[bytes], limits: ServerLimits) -> None:
-    async for data in events:
-        async with asyncio.timeout(limits.send_timeout_seconds):
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+async def _send_events(send: Send, events: AsyncGenerator[bytes, None], limits: ServerLimits) -> None:
+    async with contextlib.aclosing(events):
+        async for data in events:
+            async with asyncio.timeout(limits.send_timeout_seconds):
+                await send({"type": "http.response.body", "body": data, "more_body": True})
     async with asyncio.timeout(limits.send_timeout_seconds):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

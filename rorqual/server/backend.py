@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,7 +18,7 @@ class Reply:
     release: frees what the answer holds; whoever has sent the answer, or given it up, calls it, once or more.
     """
 
-    body: bytes | AsyncIterator[bytes]
+    body: bytes | AsyncGenerator[bytes, None]
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
     release: Callable[[], None] = lambda: None

@@ -10,7 +10,7 @@ import asyncio
 import secrets
 import time
 from array import array
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -189,7 +189,9 @@ class LocalBackend:
         num_alternatives: int | None,
         constraints: Sequence[Constraint],
     ) -> Ticket:
-        """A request for each prompt; choice i draws with the seed plus i."""
+        """A request for each prompt; choice i draws with the seed plus i. Raises: ApiError where the queue is full."""
+        if len(prompts) > self.thread.max_requests:
+            raise invalid(f"{len(prompts)} choices; this server holds {self.thread.max_requests} at once.", param="n")
         requests = [
             GenerateRequest(
                 request_id=f"{name}.{index}",
@@ -204,7 +206,7 @@ class LocalBackend:
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return ticket
 
-    async def _stream(self, ticket: Ticket, events: AsyncIterator[tuple[int, bytes]]) -> AsyncIterator[bytes]:
+    async def _stream(self, ticket: Ticket, events: AsyncIterator[tuple[int, bytes]]) -> AsyncGenerator[bytes, None]:
         """Events and `[DONE]`; each comes with how many tokens it tells of."""
         count = 0
         with ticket:
@@ -232,6 +234,7 @@ class TextAnswer:
         self, policy: ServedPolicy, request: CompletionRequest, identity: str, prompts: Sequence[array[int]]
     ) -> None:
         self.id, self._policy, self._request = identity, policy, request
+        self._created = int(time.time())
         encoding = policy.encoding
         stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
         self.readers = [TextReader(encoding.tokenizer, encoding.stop_token_ids, stops) for _ in prompts]
@@ -275,9 +278,7 @@ class TextAnswer:
         return usage(self._num_prompt, sum(reader.num_tokens for reader in self.readers), 0)
 
     def _answer(self, choices: list[TextChoice], used: Any) -> TextCompletion:
-        return TextCompletion(
-            id=self.id, created=self._policy.created, model=self._policy.name, choices=choices, usage=used
-        )
+        return TextCompletion(id=self.id, created=self._created, model=self._policy.name, choices=choices, usage=used)
 
 
 def _joined(parts: Sequence[TextChoice]) -> TextChoice:

@@ -7,7 +7,7 @@ its own troubles stays here, but for refusals in OpenAI's format, which are the 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -123,7 +123,7 @@ class UpstreamBackend:
             if not passed_on:
                 self._in_flight -= 1
 
-    async def _events(self, response: httpx.Response) -> AsyncIterator[bytes]:
+    async def _events(self, response: httpx.Response) -> AsyncGenerator[bytes, None]:
         import httpx
 
         try:

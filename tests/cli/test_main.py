@@ -519,7 +519,7 @@ def test_too_many_threads_are_found(monkeypatch, tmp_path: Path) -> None:
 def test_every_verb_has_help_with_an_example() -> None:
     group = typer.main.get_command(command_line.app)
     verbs = {name: command for name, command in group.commands.items() if not command.hidden}
-    assert verbs.keys() == {"run", "sparsify", "eval", "chat", "convert", "report", "doctor"}
+    assert verbs.keys() == {"run", "sparsify", "eval", "chat", "serve", "convert", "report", "doctor"}
     for name, command in verbs.items():
         assert f"rorqual {name}" in command.help
         assert all(parameter.help for parameter in command.params)
