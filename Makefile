@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types bench bench-quality docs
+.PHONY: help demo test test-slow lint types bench bench-sparse bench-quality docs
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -45,9 +45,15 @@ bench: $(VENV)/.installed-bench  ## time the training step and generation beside
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/serve.py
 
+bench-sparse: $(VENV)/.installed-bench  ## time sparse attention and its decoding beside dense attention on the CPU
+	$(BIN)/python benchmarks/ops.py
+	$(BIN)/python benchmarks/ops.py --kl --tokens 16384 65536
+	$(BIN)/python benchmarks/decode.py
+
 bench-quality: $(VENV)/.installed-bench  ## what sparse attention costs in quality: left alone for the better part of an hour
 	$(BIN)/python benchmarks/sparse_quality.py --arm nsa & $(BIN)/python benchmarks/sparse_quality.py --arm dsa && wait
 	$(BIN)/python benchmarks/sparse_quality.py
+	$(BIN)/python benchmarks/recall.py
 
 docs: $(VENV)/.installed-dev  ## write docs/cli.md anew and check every link in the docs
 	$(BIN)/python -m rorqual.cli docs > docs/cli.md

@@ -158,10 +158,11 @@ def main() -> None:
     rows.append(["NSA from scratch", *measure(native, chosen)])
     depths = [f"depth {100 * d // DEPTHS}–{100 * (d + 1) // DEPTHS} %" for d in range(DEPTHS)]
     print(f"\n{markdown_table(['model', 'right', *depths], rows)}\n")
+    minutes = (time.perf_counter() - started) / 60
     print(
-        f"Documents of {chosen.length} tokens, k = {chosen.length // 16}; chance is about "
-        f"{2 / chosen.length:.1%}; {chosen.steps} steps of {chosen.batch * chosen.length:,} tokens, "
-        f"{chosen.stage_steps} of a DSA stage; {(time.perf_counter() - started) / 60:.1f} min. {conditions(chosen.threads, 1, ('torch', 'rorqual'))}"
+        f"Documents of {chosen.length} tokens, k = {chosen.length // 16}; chance is about {2 / chosen.length:.1%}; "
+        f"{chosen.steps} steps of {chosen.batch * chosen.length:,} tokens, {chosen.stage_steps} of a DSA stage; "
+        f"{minutes:.1f} min. {conditions(chosen.threads, 1, ('torch', 'rorqual'))}"
     )
 
 
