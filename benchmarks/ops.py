@@ -206,7 +206,8 @@ def main() -> None:
         f"of {chosen.index_dim}, {chosen.top_k} keys; milliseconds, min / median; ratios of medians, above 1 sparse "
         "is faster."
     )
-    print(f"\n{sizes} {conditions(chosen.threads, chosen.rounds, ('torch', 'numba', 'rorqual'))}")
+    rounds = 1 if chosen.kl else chosen.rounds
+    print(f"\n{sizes} {conditions(chosen.threads, rounds, ('torch', 'numba', 'rorqual'))}")
 
 
 def compare(chosen: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ def train(model: Decoder, steps: int, rate: float, chosen: argparse.Namespace, s
 
     From scratch, short documents come first, as many tokens a step: reciting is learned from them.
     """
-    curriculum = (8, 8, 8, 8, 4, 4, 2, 2, 1, 1) if model.config.dsa is None else (1,)
+    curriculum = (4, 4, 2, 2, 1, 1, 1, 1, 1, 1) if model.config.dsa is None else (1,)
     generator = torch.Generator().manual_seed(SEED + 1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.95))
     num_tokens = chosen.batch * chosen.length
@@ -125,9 +125,9 @@ def measure(model: Decoder, chosen: argparse.Namespace) -> list[str]:
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0] if __doc__ else "", rounds=1)
-    options.add_argument("--length", type=int, default=256, help="tokens of a document (default: %(default)s)")
-    options.add_argument("--batch", type=int, default=16, help="documents a step (default: %(default)s)")
-    options.add_argument("--steps", type=int, default=800, help="of dense and NSA training (default: %(default)s)")
+    options.add_argument("--length", type=int, default=128, help="tokens of a document (default: %(default)s)")
+    options.add_argument("--batch", type=int, default=32, help="documents a step (default: %(default)s)")
+    options.add_argument("--steps", type=int, default=1500, help="of dense and NSA training (default: %(default)s)")
     options.add_argument("--stage-steps", type=int, default=100, help="of warm-up, of sparse (default: %(default)s)")
     options.add_argument("--held-out", type=int, default=64, help="documents measured (default: %(default)s)")
     chosen = options.parse_args()

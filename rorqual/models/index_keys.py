@@ -15,6 +15,8 @@ from torch import Tensor
 
 from rorqual.models.cache import Column
 from rorqual.ops import dsa
+from rorqual.ops.cpu.compiled import available
+from rorqual.ops.cpu.fp8 import unpack_fp8
 
 IndexKeys = Literal["model", "float32", "bfloat16", "fp8"]
 """model: in the dtype of the weights."""
@@ -48,5 +50,7 @@ def unpack_index_keys(stored: Tensor) -> Tensor:
     """Keys [..., C] that can be multiplied, in float32 where they were bytes."""
     if stored.dtype != torch.uint8:
         return stored
+    if stored.device.type == "cpu" and available():
+        return unpack_fp8(stored.reshape(-1, stored.shape[-1])).view(*stored.shape[:-1], -1)
     values, scale = stored[..., :-SCALE_BYTES], stored[..., -SCALE_BYTES:]
     return values.contiguous().view(torch.float8_e4m3fn).float() * scale.contiguous().view(torch.float32)

@@ -15,7 +15,7 @@ from typing import Final, Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from rorqual.ops.cpu.compiled import NUMBA
+from rorqual.ops.cpu.compiled import available
 from rorqual.ops.dsa import IndexerOutput
 from rorqual.ops.dsa_tiled import MainAttention
 from rorqual.ops.nsa import BlockSizes, Branches
@@ -109,5 +109,5 @@ def _fitting(x: Tensor) -> str:
 
 def _installed(kernels: str) -> bool:
     if kernels == "compiled":
-        return NUMBA is not None and not NUMBA.config.DISABLE_JIT
+        return available()
     return importlib.util.find_spec(NEEDS[kernels][0]) is not None

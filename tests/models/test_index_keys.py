@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rorqual.engines.local import EngineConfig, LocalEngine
+from rorqual.models import index_keys as index_keys_module
 from rorqual.models.cache import cached_layout
 from rorqual.models.config import DSAConfig, ModelConfig
 from rorqual.models.decoder import Decoder
@@ -66,6 +67,15 @@ def test_what_is_read_is_what_was_written_but_for_rounding(index_keys: str) -> N
     stored = pack_index_keys(keys, dtype)
     assert stored.shape[-1] == index_column(16, index_keys).width
     assert torch.equal(unpack_index_keys(stored), expected)
+
+
+@pytest.mark.parametrize("num_keys", [1, 20_000])
+def test_the_compiled_form_reads_every_byte_as_torch_does(num_keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = torch.randint(256, (2, num_keys, 16 + 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    stored[..., 16:] = torch.rand(2, num_keys, 1).exp2().view(torch.uint8)
+    found = unpack_index_keys(stored)
+    monkeypatch.setattr(index_keys_module, "available", lambda: False)
+    assert torch.equal(found.nan_to_num(nan=-1.0), unpack_index_keys(stored).nan_to_num(nan=-1.0))
 
 
 def test_fp8_loses_nothing_of_a_model_that_rounds_its_keys() -> None:

@@ -107,11 +107,15 @@ def inlined(function: Function) -> Function:
     return result
 
 
+def available() -> bool:
+    """Whether there is a compiler."""
+    return NUMBA is not None and not NUMBA.config.DISABLE_JIT
+
+
 def serves(x: Tensor) -> bool:
     """Whether kernels may be given `x`."""
     return (
-        NUMBA is not None
-        and not NUMBA.config.DISABLE_JIT
+        available()
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and (x.numel() <= ONE_CORE_ELEMENTS or torch.get_num_threads() == 1)
