@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,8 +105,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def ratio(times: dict[str, list[float]], peer: str, *ours: str) -> str:
     """Of medians; above 1 we are faster."""
-    median = {name: statistics.median(values) for name, values in times.items()}
-    return f"{median[peer] / sum(median[name] for name in ours):.2f}"
+    return f"{statistics.median(times[peer]) / sum(statistics.median(times[name]) for name in ours):.2f}"
 
 
 def prefill(num_tokens: int, chosen: argparse.Namespace) -> tuple[list[str], list[str]]:
@@ -211,7 +211,10 @@ def main() -> None:
 
 
 def compare(chosen: argparse.Namespace) -> None:
-    rows = [prefill(length, chosen) for length in chosen.tokens]
+    rows = []
+    for length in chosen.tokens:
+        print(f"{length:,} tokens ...", file=sys.stderr, flush=True)
+        rows.append(prefill(length, chosen))
     print("Prefill:\n")
     print(markdown_table(["tokens", "dense", "indexer", "top-k", "attention", "ratio"], [row for row, _ in rows]))
     print("\nForward and backward:\n")
