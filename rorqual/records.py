@@ -262,7 +262,17 @@ class Segment(Record):
 
 
 EndReason = Literal[
-    "stop", "length", "turn_limit", "prompt_too_long", "environment_failed", "sandbox_failed", "judge_failed"
+    "stop",
+    "length",
+    "turn_limit",
+    "token_limit",
+    "prompt_too_long",
+    "environment_failed",
+    "tool_failed",
+    "sandbox_failed",
+    "judge_failed",
+    "time_limit",
+    "cancelled",
 ]
 
 

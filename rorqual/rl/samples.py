@@ -14,7 +14,8 @@ from itertools import pairwise
 
 from rorqual.records import KeptTokens, Routes, Score, Segment, Selections, TrainSample, Trajectory
 
-FAILED_ENDS = ("environment_failed", "sandbox_failed", "judge_failed")
+FAILED_ENDS = ("environment_failed", "tool_failed", "sandbox_failed", "judge_failed", "time_limit", "cancelled")
+"""Ends that tell nothing of the policy. How long an episode takes depends on what shares the machine with it."""
 
 LOGPROB_ROUNDING = 1e-3
 """How far above 0 a float32 log-prob of a near-certain token may be rounded, in nats."""
