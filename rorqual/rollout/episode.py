@@ -247,7 +247,7 @@ class _Play:
             self._tools = self._environment.tools(self._task)
             messages = self._environment.start(self._task)
             self._conversation = Conversation(self._encoding, messages, self._tools)
-        except Exception as failure:  # noqa: BLE001  an environment may fail in any way; the episode is still reported
+        except Exception as failure:
             raise _EndedError("environment_failed", describe(failure)) from failure
         return self._conversation
 
@@ -255,7 +255,7 @@ class _Play:
         try:
             new = self._environment.respond(self._task, conversation.messages)
             conversation.append(new)
-        except Exception as failure:  # noqa: BLE001  as above
+        except Exception as failure:
             raise _EndedError("environment_failed", describe(failure)) from failure
         if not new:
             raise _EndedError("stop")
