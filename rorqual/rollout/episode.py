@@ -198,8 +198,8 @@ class _Play:
         decision = self._manager.before_call(conversation)
         while decision.kind == "summary":
             completion = yield from self._draw(conversation, decision)
-            summary = conversation.append_aside(completion).message.content
-            decision = self._manager.take_summary(conversation, summary)
+            said = conversation.append_aside(completion).message
+            decision = self._manager.take_summary(conversation, said.content or said.thinking)
         if decision.kind == "overflow":
             length = conversation.num_tokens
             window = self._config.context_window
