@@ -32,8 +32,8 @@ class PackedBatch:
     sequence_index_N: which sequence a target belongs to; targets are ordered by sequence. weight_N: loss weight of each
     target, for the language-model objective. trajectory_ids, trajectory_length_S: the trajectory that each sequence is
     a segment of, and the targets of all of it, whichever micro-batches they are in. indexer_weight_T: weight of each
-    fed token in the indexers' loss, None where it is not asked for. The others are for reinforcement learning, None or empty otherwise. Log-probs are in
-    nats.
+    fed token in the indexers' loss, None where it is not asked for. The others are for reinforcement learning, None or
+    empty otherwise. Log-probs are in nats.
     """
 
     token_ids_T: Tensor
