@@ -201,6 +201,7 @@ def main() -> None:
     options = parser(__doc__ or "", rounds=3)
     options.add_argument("--base-steps", type=int, default=200, help="supervised steps (default: %(default)s)")
     options.add_argument("--steps", type=int, default=40, help="steps of RL (default: %(default)s)")
+    options.set_defaults(threads=1)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     started, encoding = time.perf_counter(), build_encoding()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rorqual.records import Message, SamplingParams, Task, ToolCall, ToolSpec, to_json
-from rorqual.rl.samples import FAILED_ENDS
+from rorqual.records import Message, SamplingParams, Score, Task, ToolCall, ToolSpec, to_json
+from rorqual.rl.samples import FAILED_ENDS, train_samples
 from rorqual.rollout.context import ContextConfig
 from rorqual.rollout.episode import EpisodeConfig, EpisodeKey
 from rorqual.rollout.group import Group, Rollouts
@@ -169,6 +169,11 @@ def test_a_summary_is_drawn_on_the_same_engine_and_starts_a_segment() -> None:
     assert trajectory.end == "stop", "a summary is no turn"
     assert [event.kind for event in trajectory.events] == ["summary"]
     assert [segment.num_sampled for segment in trajectory.segments] == [len(ids_of(text)) for text in said]
+    samples = train_samples(trajectory, Score(total=1.0, parts={}), 0.5)
+    assert [sum(sample.sampled) for sample in samples] == [len(ids_of(text)) for text in said]
+    assert {(sample.advantage, sample.trajectory_length) for sample in samples} == {
+        (0.5, sum(map(len, map(ids_of, said))))
+    }
     last = TOKENIZER.decode(trajectory.segments[-1].token_ids)
     assert "x is on shelf 3" in last and "word word" not in last
     assert len({request.params.seed for request in player._engine.submitted}) == 3
