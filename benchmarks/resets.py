@@ -2,8 +2,8 @@
 
 A key (one of four letters) is told in the second user turn. The context overflows before the question for the key
 comes, so nothing answers it without a reset; the reset leaves what the policy wrote into its summary. The base policy
-writes a random letter there, and answers with the letter of its summary. Only the summary has to be learned, and the
-reward comes two turns and one segment later. Three ways from the same base, with the same tasks and seeds:
+mostly writes a random letter there, and answers with the letter of its summary. Only the summary has to be learned, and
+the reward comes two turns and one segment later. Three ways from the same base, with the same tasks and seeds:
 
     no reset       context management "none": the episode ends before the question is asked
     last segment   "summary"; only the last segment of each trajectory is trained
@@ -61,6 +61,9 @@ KEYS = "ABCD"
 INSTRUCTION = "note"
 BEGIN, KEY_PADDING, FIRST_FILLER, SECOND_FILLER = "-", "-" * 8, "+" * 4, "?" * 24
 BUDGET = 1 << 16
+
+KNOWN = 0.3
+"""How often the base writes the key into its summary on purpose."""
 
 
 class Courier:
@@ -123,7 +126,7 @@ def episode_config(encoding: Encoding, way: Way) -> EpisodeConfig:
 
 
 def base_policy(encoding: Encoding, steps: int, batch: int, seed: int) -> Decoder:
-    """Writes random letters, summaries among them, and answers with the letter of its summary."""
+    """Writes random letters, mostly as its summary too, and answers with the letter of its summary."""
     model = Decoder(
         ModelConfig(
             family="qwen3",
@@ -145,7 +148,8 @@ def base_policy(encoding: Encoding, steps: int, batch: int, seed: int) -> Decode
     for step in range(steps):
         documents, weights = [], []
         for _ in range(batch):
-            key, note = draw.choice(KEYS), draw.choice(KEYS)
+            key = draw.choice(KEYS)
+            note = key if draw.random() < KNOWN else draw.choice(KEYS)
             told = conversation(key, "".join(draw.choices(KEYS, k=3)))
             asked = [*ask_for_summary(told[:-2], INSTRUCTION), say(note)]
             for messages in (asked, [*with_summary(told[:-2], note), *told[-2:], say(note)]):
@@ -199,15 +203,15 @@ def trained(way: Way, samples: Sequence[TrainSample]) -> list[TrainSample]:
 
 def main() -> None:
     options = parser(__doc__ or "", rounds=3)
-    options.add_argument("--base-steps", type=int, default=200, help="supervised steps (default: %(default)s)")
-    options.add_argument("--steps", type=int, default=40, help="steps of RL (default: %(default)s)")
+    options.add_argument("--base-steps", type=int, default=400, help="supervised steps (default: %(default)s)")
+    options.add_argument("--steps", type=int, default=30, help="steps of RL (default: %(default)s)")
     options.set_defaults(threads=1)
     chosen = options.parse_args()
     torch.set_num_threads(chosen.threads)
     started, encoding = time.perf_counter(), build_encoding()
     rows = []
     for seed in range(chosen.rounds):
-        base = base_policy(encoding, chosen.base_steps, 32, seed)
+        base = base_policy(encoding, chosen.base_steps, 16, seed)
         for way in WAYS:
             curve = learn(way, base, encoding, chosen.steps, seed)
             quarters = [statistics.fmean(curve[at : at + 5]) for at in range(0, len(curve), max(len(curve) // 4, 5))]
