@@ -17,6 +17,7 @@ from rorqual.records import (
     SamplingParams,
     Segment,
     Task,
+    ToolCall,
     ToolSpec,
 )
 
@@ -40,6 +41,10 @@ class Engine(Protocol):
 
     def step(self) -> list[Completion]:
         """Advance every request in flight once (a prefill chunk or one token) and return those that ended."""
+        ...
+
+    def abort(self, request_id: str) -> bool:
+        """Withdraw one request; the others draw what they would have drawn. False when there is no such request."""
         ...
 
     @property
@@ -86,14 +91,30 @@ class ChatModel(Protocol):
 
 
 class Environment(Protocol):
-    """Presents a task, answers the policy's messages, gathers evidence. It never judges."""
+    """Presents a task, runs its tools, answers the policy's messages, gathers evidence. It never judges.
+
+    What is particular to an episode follows from its messages alone: one environment plays many at once.
+    """
 
     def start(self, task: Task) -> tuple[Message, ...]:
         """The messages that the policy sees first."""
         ...
 
     def respond(self, task: Task, messages: Sequence[Message]) -> tuple[Message, ...]:
-        """What follows the last assistant message: tool results or a user turn; nothing ends the episode."""
+        """What follows the last assistant message, which calls no tool: a user turn; nothing ends the episode."""
+        ...
+
+    def tools(self, task: Task) -> tuple[ToolSpec, ...]:
+        """The tools that the policy may call; none for an environment of plain dialogue."""
+        ...
+
+    async def call(self, task: Task, messages: Sequence[Message], call: ToolCall) -> str:
+        """The result of one call of the last assistant message; its other calls run at the same time.
+
+        It may be called again for the same call, and is cancelled when the episode ends before it.
+        Raises: ValueError for a call that is the policy's mistake, which is told to it; OSError (ConnectionError and
+            TimeoutError among them) when the infrastructure failed, after which it is called again.
+        """
         ...
 
     def evidence(self, task: Task, messages: Sequence[Message], segments: Sequence[Segment], end: str) -> Evidence:

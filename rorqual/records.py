@@ -262,7 +262,17 @@ class Segment(Record):
 
 
 EndReason = Literal[
-    "stop", "length", "turn_limit", "prompt_too_long", "environment_failed", "sandbox_failed", "judge_failed"
+    "stop",
+    "length",
+    "turn_limit",
+    "token_limit",
+    "prompt_too_long",
+    "environment_failed",
+    "tool_failed",
+    "sandbox_failed",
+    "judge_failed",
+    "time_limit",
+    "cancelled",
 ]
 
 
@@ -337,6 +347,9 @@ class TrainSample(Record):
 
     `advantage` holds for every sampled token of the sample. Samples with equal `group_id` and equal first
     `prompt_length` tokens share their prompt in the packed batch. Columns are as in Segment.
+
+    trajectory_id, trajectory_length: the trajectory that the segment is part of, and the sampled tokens of all of it;
+    None where the sample is all of its trajectory.
     """
 
     sample_id: str
@@ -351,6 +364,8 @@ class TrainSample(Record):
     kept: KeptTokens | None = None
     routes: Routes | None = None
     selections: Selections | None = None
+    trajectory_id: str | None = None
+    trajectory_length: int | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------ JSON

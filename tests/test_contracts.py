@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from array import array
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from rorqual.records import (
     SamplingParams,
     Segment,
     Task,
+    ToolCall,
     from_json,
     to_json,
 )
@@ -225,6 +227,29 @@ def test_environment_asks_and_ends(make: Callable[[], Environment]) -> None:
 def test_environment_gives_the_same_again_so_that_an_episode_can_be_replayed(make: Callable[[], Environment]) -> None:
     environment = make()
     assert played(environment) == played(environment) == played(make())
+
+
+@environments
+def test_environment_answers_or_refuses_every_call(make: Callable[[], Environment]) -> None:
+    environment = make()
+    call = ToolCall(id="c0", name="no such tool", arguments="{}")
+    messages = (*environment.start(TASK), Message(role="assistant", tool_calls=(call,)))
+    assert call.name not in [tool.name for tool in environment.tools(TASK)]
+    with pytest.raises(ValueError, match=r"."):
+        asyncio.run(environment.call(TASK, messages, call))
+
+
+@engines
+def test_engine_withdraws_one_request_and_the_others_do_not_notice(make: Callable[[], Engine]) -> None:
+    engine, whole = make(), make()
+    whole.submit(REQUESTS)
+    expected = finished(whole)
+    engine.submit(REQUESTS)
+    assert engine.abort("2")
+    assert not engine.abort("2")
+    assert not engine.abort("no such request")
+    found = {name: each.token_ids for name, each in finished(engine).items()}
+    assert found == {name: each.token_ids for name, each in expected.items() if name != "2"}
 
 
 @environments

@@ -94,6 +94,15 @@ class HttpEngine:
             return [outcome]
         return []
 
+    def abort(self, request_id: str) -> bool:
+        """Withdraw one request; its connection is closed. False when it is not in flight."""
+        answering = self._answering.pop(request_id, None)
+        self._flight.pop(request_id, None)
+        if answering is None:
+            return False
+        answering.cancel()
+        return True
+
     def cancel(self) -> None:
         """Give up every request; its connection is closed, which tells the server."""
         for answering in self._answering.values():

@@ -18,7 +18,7 @@ from typing import Any, cast
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from rorqual.records import EndReason, Evidence, Message, Record, Segment, Task
+from rorqual.records import EndReason, Evidence, Message, Record, Segment, Task, ToolCall, ToolSpec
 from rorqual.text.response import join_thinking, parse_response
 
 SPLITS: dict[str, range] = {
@@ -83,6 +83,14 @@ class DialogueEnvironment:
     def respond(self, task: Task, messages: Sequence[Message]) -> tuple[Message, ...]:
         """Nothing: the first response ends the episode."""
         return ()
+
+    def tools(self, task: Task) -> tuple[ToolSpec, ...]:
+        """None."""
+        return ()
+
+    async def call(self, task: Task, messages: Sequence[Message], call: ToolCall) -> str:
+        """Raises: ValueError always: there are no tools."""
+        raise ValueError(f"There is no tool {call.name!r}; there are none.")
 
     def evidence(self, task: Task, messages: Sequence[Message], segments: Sequence[Segment], end: str) -> Evidence:
         """The last response of the policy in its parts; an episode without one has an empty response."""

@@ -29,7 +29,15 @@ from rorqual.text.encoding import Encoding
 from rorqual.text.reflection import corrects_itself
 from rorqual.text.response import parse_response
 
-NOT_OBTAINED = ("prompt_too_long", "environment_failed", "sandbox_failed", "judge_failed")
+NOT_OBTAINED = (
+    "prompt_too_long",
+    "environment_failed",
+    "tool_failed",
+    "sandbox_failed",
+    "judge_failed",
+    "time_limit",
+    "cancelled",
+)
 """Ends that say nothing of the policy's skill: such a sample is missing, never wrong."""
 
 

@@ -5,6 +5,11 @@ to call `backward` on, and diagnostics. The micro-batch losses of a step add up 
 split. Which objective is minimised is said by `objective.ObjectiveConfig`; where the log-probs come from is the
 trainer's affair.
 
+A trajectory whose context was rewritten is several sequences, its segments. The mean of the objective is over
+trajectories, and the o_i of its 1/|o_i| is all that was sampled in one: however a trajectory is cut into segments, each
+of its tokens has the same weight, and N is not larger. What is measured on a sequence is measured on a segment, since
+each has a context of its own: the ratio of `ratio_level` "sequence", and the drift behind the sequence mask.
+
 Shape suffixes: N sampled tokens of the micro-batch, S sequences of the micro-batch. A sequence is one TrainSample.
 """
 
@@ -33,6 +38,8 @@ class PolicyTokens:
     reference_N: those of the frozen KL anchor; None where every KL strength of the micro-batch is 0.
     sequence_index_N: int64 in [0, S): which sequence a token belongs to. advantage_S, kl_strength_S: one value a
         sequence.
+    trajectory_length_S: int64, the sampled tokens of the whole trajectory that a sequence is a segment of; None where
+        every sequence is a whole trajectory.
     Raises: ValueError for shapes, dtypes or devices that do not fit together.
     """
 
@@ -43,6 +50,7 @@ class PolicyTokens:
     kl_strength_S: Tensor
     proximal_N: Tensor | None = None
     reference_N: Tensor | None = None
+    trajectory_length_S: Tensor | None = None
 
     def __post_init__(self) -> None:
         current = self.current_N
@@ -60,6 +68,12 @@ class PolicyTokens:
                 f"sequence_index_N is {self.sequence_index_N.dtype} of shape {tuple(self.sequence_index_N.shape)}; "
                 f"expected int64 of shape {tuple(current.shape)}."
             )
+        whole = self.trajectory_length_S
+        if whole is not None and (whole.dtype != torch.int64 or whole.shape != self.advantage_S.shape):
+            raise ValueError(
+                f"trajectory_length_S is {whole.dtype} of shape {tuple(whole.shape)}; expected int64 of shape "
+                f"{tuple(self.advantage_S.shape)}."
+            )
 
     @property
     def num_sequences(self) -> int:
@@ -70,14 +84,15 @@ class PolicyTokens:
 class LossScale:
     """Totals over every micro-batch, and every rank, of one optimiser step: gradients are then *summed* over ranks."""
 
-    num_sequences: int
+    num_trajectories: int
     num_tokens: int
 
     def __post_init__(self) -> None:
-        """Raises: ValueError for a step without sequences or tokens: there is nothing to take the mean of."""
-        if self.num_sequences < 1 or self.num_tokens < 1:
+        """Raises: ValueError for a step without trajectories or tokens: there is nothing to take the mean of."""
+        if self.num_trajectories < 1 or self.num_tokens < 1:
             raise ValueError(
-                f"the step has {self.num_sequences} sequences and {self.num_tokens} tokens; skip a step that has none."
+                f"the step has {self.num_trajectories} trajectories and {self.num_tokens} tokens; skip a step that has "
+                "none."
             )
 
 
@@ -183,8 +198,9 @@ def _token_weights(tokens: PolicyTokens, config: ObjectiveConfig, scale: LossSca
         return torch.full_like(tokens.behaviour_N, 1.0 / scale.num_tokens)
     if config.aggregation == "constant_length":
         assert config.constant_length is not None
-        return torch.full_like(tokens.behaviour_N, 1.0 / (scale.num_sequences * config.constant_length))
-    return (1.0 / (scale.num_sequences * lengths_S))[tokens.sequence_index_N]
+        return torch.full_like(tokens.behaviour_N, 1.0 / (scale.num_trajectories * config.constant_length))
+    whole_S = lengths_S if tokens.trajectory_length_S is None else tokens.trajectory_length_S.to(lengths_S.dtype)
+    return (1.0 / (scale.num_trajectories * whole_S))[tokens.sequence_index_N]
 
 
 # ------------------------------------------------------------------------------------------------------ helpers

@@ -1,6 +1,10 @@
 """From a trajectory and its credit to what the trainer packs: one TrainSample for each segment in which the policy
 spoke.
 
+The advantage of a trajectory holds for the sampled tokens of *all* its segments: what was drawn before a reset led to
+the answer as much as what was drawn after it. The objective counts trajectories: a segment weighs by its share of the
+sampled tokens of its trajectory, so that one that was split weighs exactly as much as one that was not (`rl.losses`).
+
 This is the border at which "every token that is trained on is a token that was sampled" is checked: whatever is
 inconsistent here would train silently on the wrong tokens, so it is an error that names the trajectory and the segment.
 """
@@ -14,7 +18,8 @@ from itertools import pairwise
 
 from rorqual.records import KeptTokens, Routes, Score, Segment, Selections, TrainSample, Trajectory
 
-FAILED_ENDS = ("environment_failed", "sandbox_failed", "judge_failed")
+FAILED_ENDS = ("environment_failed", "tool_failed", "sandbox_failed", "judge_failed", "time_limit", "cancelled")
+"""Ends that tell nothing of the policy. How long an episode takes depends on what shares the machine with it."""
 
 LOGPROB_ROUNDING = 1e-3
 """How far above 0 a float32 log-prob of a near-certain token may be rounded, in nats."""
@@ -126,6 +131,8 @@ def _sample(trajectory: Trajectory, segment: Segment, name: str, advantage: floa
         prompt_length=segment.prompt_length,
         advantage=advantage,
         weight_version=segment.weight_version,
+        trajectory_id=trajectory.trajectory_id,
+        trajectory_length=sum(each.num_sampled for each in trajectory.segments),
         kept=segment.kept,
         routes=segment.routes,
         selections=segment.selections,

@@ -1,18 +1,22 @@
 """G episodes of each task over one engine: the rollout loop, which can be killed anywhere and goes on bit for bit.
 
-A generator cannot be saved, but what it was sent can: the state of a live episode is the list of completions it has
-received. Resuming sends them to a fresh episode, which therefore stands where the lost one stood.
+A generator cannot be saved, but what it was sent can: the state of a live episode is the completions and the tool
+results that it has received. Resuming sends them to a fresh episode, which therefore stands where the lost one stood;
+only tools that were running are run again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rorqual.contracts import Engine, Environment
 from rorqual.records import Completion, GenerateRequest, Record, Task, Trajectory, from_json, to_json
-from rorqual.rollout.episode import Episode, EpisodeConfig, EpisodeKey, run_episode
+from rorqual.rollout.episode import Asked, Episode, EpisodeConfig, EpisodeKey, Interruption, Sent, run_episode
+from rorqual.rollout.toolbox import Toolbox
+from rorqual.rollout.tools import ToolResults
 from rorqual.text.encoding import Encoding
 
 
@@ -25,9 +29,10 @@ class Group(Record):
 
 
 class EpisodeState(Record):
-    """One episode as it is saved: the completions it received, and its trajectory once it has ended."""
+    """One episode as it is saved: the completions and results it received, and its trajectory once it has ended."""
 
     completions: tuple[Completion, ...] = ()
+    results: tuple[ToolResults, ...] = ()
     trajectory: Trajectory | None = None
 
 
@@ -42,7 +47,8 @@ class GroupState(Record):
 class Rollouts:
     """Plays `group_size` episodes of every task that is added, all over one engine.
 
-    What a group becomes depends on its task, step and the run's seed, never on what else is in flight.
+    What a group becomes depends on its task, step, tools and the run's seed, never on what else is in flight; a
+    `time_limit` excepted, which counts from when an episode is added or resumed.
     """
 
     def __init__(
@@ -69,6 +75,8 @@ class Rollouts:
         self._run_seed = run_seed
         self._groups: dict[str, _LiveGroup] = {}
         self._waiting: dict[str, _LiveEpisode] = {}
+        self._toolbox = Toolbox(config.tools)
+        self.clock: Callable[[], float] = time.monotonic
 
     def add(self, tasks: Sequence[Task], step: int) -> None:
         """Start the episodes of `tasks`; `step` tells apart the visits to the same task.
@@ -80,17 +88,36 @@ class Rollouts:
             self._submit([(episode, episode.advance(None)) for episode in group.episodes])
 
     def step(self) -> list[Group]:
-        """Advance the engine once. Returns the groups that are finished, in the order in which they were added."""
-        if self._waiting and not self._engine.num_unfinished:
-            raise ValueError(f"The engine has nothing in flight, but {len(self._waiting)} episodes wait for it.")
+        """Advance the engine once, and hand over what tools have answered; where only tools are at work, wait for one.
+
+        Returns the groups that are finished, in the order in which they were added.
+        """
+        num_asked = len(self._waiting) - self._toolbox.num_running
+        if num_asked and not self._engine.num_unfinished:
+            raise ValueError(f"The engine has nothing in flight, but {num_asked} episodes wait for it.")
         if self._waiting:
-            completions = {completion.request_id: completion for completion in self._engine.step()}
-            received = [
-                (self._waiting.pop(name), completions.pop(name)) for name in list(self._waiting) if name in completions
-            ]
-            if completions:
-                raise ValueError(f"The engine returned completions that nobody asked for: {sorted(completions)}.")
-            self._submit([(episode, episode.advance(completion)) for episode, completion in received])
+            self._interrupt_late()
+        if self._waiting:
+            asked = self._engine.num_unfinished > 0
+            answers: list[Completion | ToolResults] = list(self._engine.step()) if asked else []
+            answers += self._toolbox.finished(0.0 if asked else self._seconds_left())
+            received = {answer.request_id: answer for answer in answers}
+            sent = [(self._waiting.pop(name), received.pop(name)) for name in list(self._waiting) if name in received]
+            if received:
+                raise ValueError(f"The engine returned completions that nobody asked for: {sorted(received)}.")
+            self._submit([(episode, episode.advance(answer)) for episode, answer in sent])
+        return self._finished()
+
+    def cancel(self) -> list[Group]:
+        """End every episode that is in flight, with what it has so far; its requests and tools are withdrawn.
+
+        Nothing runs on when it returns. Returns all groups that were in flight, in the order of addition.
+        """
+        self._interrupt(list(self._waiting), Interruption(end="cancelled", error="the rollouts were cancelled"))
+        self._toolbox.close()
+        return self._finished()
+
+    def _finished(self) -> list[Group]:
         return [self._groups.pop(group.group_id).finished() for group in list(self._groups.values()) if group.is_done]
 
     def run(self, tasks: Sequence[Task], step: int) -> list[Group]:
@@ -140,7 +167,8 @@ class Rollouts:
         for index in range(self._group_size):
             key = EpisodeKey(run_seed=self._run_seed, step=step, task_id=task.task_id, sample_index=index)
             group.group_id = key.group_id
-            group.episodes.append(_LiveEpisode(run_episode(task, key, environment, self._encoding, self._config)))
+            play = run_episode(task, key, environment, self._encoding, self._config)
+            group.episodes.append(_LiveEpisode(play, task, environment, self.clock()))
         if group.group_id in self._groups:
             raise ValueError(f"Group {group.group_id} is already in flight. Give another step to visit a task again.")
         self._groups[group.group_id] = group
@@ -156,43 +184,74 @@ class Rollouts:
                 episode.trajectory = before.trajectory
                 continue
             request = episode.advance(None)
-            for completion in before.completions:
-                if request is None or request.request_id != completion.request_id:
-                    raise ValueError(
-                        f"Replay of {completion.request_id} went another way: the environment has changed."
-                    )
-                request = episode.advance(completion)
+            answers: list[Completion | ToolResults] = [*before.completions, *before.results]
+            received = {each.request_id: each for each in answers}
+            while request is not None and request.request_id in received:
+                request = episode.advance(received.pop(request.request_id))
+            if received:
+                raise ValueError(f"Replay of {', '.join(received)} went another way: the environment has changed.")
             if request is None:
                 raise ValueError(f"Replay ended an episode of {saved.task.task_id} early: the environment has changed.")
             self._waiting[request.request_id] = episode
+            if not isinstance(request, GenerateRequest):
+                self._toolbox.start(episode.environment, episode.task, request)
 
-    def _submit(self, episodes_and_requests: Sequence[tuple[_LiveEpisode, GenerateRequest | None]]) -> None:
+    def _submit(self, episodes_and_requests: Iterable[tuple[_LiveEpisode, Asked | None]]) -> None:
         requests = []
         for episode, request in episodes_and_requests:
-            if request is not None:
-                self._waiting[request.request_id] = episode
+            if request is None:
+                continue
+            self._waiting[request.request_id] = episode
+            if isinstance(request, GenerateRequest):
                 requests.append(request)
+            else:
+                self._toolbox.start(episode.environment, episode.task, request)
         if requests:
             self._engine.submit(requests)
 
+    def _interrupt_late(self) -> None:
+        """End the episodes whose time is up."""
+        limit = self._config.time_limit
+        if limit is not None:
+            now = self.clock()
+            late = [name for name, episode in self._waiting.items() if now - episode.started >= limit]
+            self._interrupt(late, Interruption(end="time_limit", error=f"it has taken {limit} seconds"))
+
+    def _interrupt(self, names: Sequence[str], interruption: Interruption) -> None:
+        self._toolbox.cancel(names)
+        for name in names:
+            episode = self._waiting.pop(name)
+            if isinstance(episode.request, GenerateRequest):
+                self._engine.abort(name)
+            episode.advance(interruption)
+
+    def _seconds_left(self) -> float | None:
+        """Until the next episode is late; None: no episode ever is."""
+        limit = self._config.time_limit
+        if limit is None:
+            return None
+        return max(limit + min(episode.started for episode in self._waiting.values()) - self.clock(), 0.0)
+
 
 class _LiveEpisode:
-    """A generator with the completions it was sent."""
+    """A generator with the completions and results it was sent."""
 
-    def __init__(self, play: Episode) -> None:
+    def __init__(self, play: Episode, task: Task, environment: Environment, started: float) -> None:
         self._play = play
-        self.request: GenerateRequest | None = None
+        self.task, self.environment, self.started = task, environment, started
+        self.request: Asked | None = None
         self._completions: list[Completion] = []
+        self._results: list[ToolResults] = []
         self.trajectory: Trajectory | None = None
 
-    def advance(self, completion: Completion | None) -> GenerateRequest | None:
+    def advance(self, sent: Sent | None) -> Asked | None:
         """Start (None) or go on; gives the next request, or None once there is a trajectory."""
+        if isinstance(sent, Completion):
+            self._completions.append(sent)
+        elif isinstance(sent, ToolResults):
+            self._results.append(sent)
         try:
-            if completion is None:
-                self.request = next(self._play)
-            else:
-                self._completions.append(completion)
-                self.request = self._play.send(completion)
+            self.request = next(self._play) if sent is None else self._play.send(sent)
         except StopIteration as stop:
             self.request, self.trajectory = None, stop.value
         return self.request
@@ -200,7 +259,7 @@ class _LiveEpisode:
     def state(self) -> EpisodeState:
         if self.trajectory is not None:
             return EpisodeState(trajectory=self.trajectory)
-        return EpisodeState(completions=tuple(self._completions))
+        return EpisodeState(completions=tuple(self._completions), results=tuple(self._results))
 
 
 class _LiveGroup:
@@ -224,6 +283,6 @@ class _LiveGroup:
         return GroupState(task=self.task, step=self.step, episodes=tuple(e.state() for e in self.episodes))
 
 
-def _digest(request: GenerateRequest | None) -> str:
+def _digest(request: Asked | None) -> str:
     """What a request asks, in short: equal digests mean that an episode was replayed to the same place."""
     return hashlib.sha256(to_json(request)).hexdigest()

@@ -30,9 +30,10 @@ class PackedBatch:
 
     token_ids_T: what is fed. predict_index_N: the packed token whose hidden state predicts `target_N`.
     sequence_index_N: which sequence a target belongs to; targets are ordered by sequence. weight_N: loss weight of each
-    target, for the language-model objective. indexer_weight_T: weight of each fed token in the indexers' loss, None
-    where it is not asked for. The others are for reinforcement learning, None or empty otherwise. Log-probs are in
-    nats.
+    target, for the language-model objective. trajectory_ids, trajectory_length_S: the trajectory that each sequence is
+    a segment of, and the targets of all of it, whichever micro-batches they are in. indexer_weight_T: weight of each
+    fed token in the indexers' loss, None where it is not asked for. The others are for reinforcement learning, None or
+    empty otherwise. Log-probs are in nats.
     """
 
     token_ids_T: Tensor
@@ -47,6 +48,8 @@ class PackedBatch:
     reference_N: Tensor | None = None
     advantage_S: Tensor | None = None
     domains_S: tuple[str, ...] = ()
+    trajectory_ids: tuple[str, ...] = ()
+    trajectory_length_S: Tensor | None = None
     kept: KeptBatch | None = None
     routes_TLK: Tensor | None = None
     selections_TLS: Tensor | None = None
@@ -223,6 +226,8 @@ def _batch(
         behaviour_N=_tensor([_behaviour(sequence) for sequence in members], np.float32, device) if samples else None,
         advantage_S=_tensor([np.array([s.advantage for s in samples])], np.float32, device) if samples else None,
         domains_S=tuple(sample.domain for sample in samples),
+        trajectory_ids=tuple(_trajectory_id(sample) for sample in samples),
+        trajectory_length_S=_tensor([np.array(_trajectory_lengths(members))], np.int64, device) if samples else None,
         kept=_kept(members, device) if keep_sampling_mask else None,
         routes_TLK=_replayed([(_routes(each), part) for each, part in fed], device) if keep_routing else None,
         selections_TLS=_replayed([(_selections(each), part) for each, part in fed], device) if keep_routing else None,
@@ -255,6 +260,15 @@ def _lay_out(
 
 def _tensor(parts: Sequence[NDArray[Any]], dtype: Any, device: torch.device | None) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(dtype)).to(device)
+
+
+def _trajectory_id(sample: TrainSample) -> str:
+    return sample.sample_id if sample.trajectory_id is None else sample.trajectory_id
+
+
+def _trajectory_lengths(members: Sequence[_Sequence]) -> list[int]:
+    lengths = [(_sample(sequence).trajectory_length, len(sequence.targets)) for sequence in members]
+    return [own if whole is None else whole for whole, own in lengths]
 
 
 def _behaviour(sequence: _Sequence) -> NDArray[np.float32]:
@@ -303,6 +317,12 @@ def _sequence(sample: TrainSample) -> _Sequence:
         f"{num_tokens} tokens, {len(sampled)} sampled marks and {len(sample.behaviour_logprobs)} log-probs",
     )
     targets = np.flatnonzero(sampled)
+    whole = sample.trajectory_length
+    _require(
+        whole is None or (whole >= len(targets) and sample.trajectory_id is not None),
+        sample,
+        f"it has {len(targets)} sampled tokens of the {whole} of trajectory {sample.trajectory_id}",
+    )
     _require(
         prompt_length <= targets[0], sample, f"prompt_length is {prompt_length}, but token {targets[0]} was sampled"
     )

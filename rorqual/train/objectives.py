@@ -53,6 +53,7 @@ def policy_objective(config: ObjectiveConfig, scale: LossScale) -> Objective:
             kl_strength_S=current_N.new_tensor(strengths),
             proximal_N=batch.proximal_N,
             reference_N=batch.reference_N,
+            trajectory_length_S=batch.trajectory_length_S,
         )
         return policy_loss(tokens, config, scale)
 
@@ -60,9 +61,13 @@ def policy_objective(config: ObjectiveConfig, scale: LossScale) -> Objective:
 
 
 def loss_scale(batches: Sequence[PackedBatch]) -> LossScale:
-    """The totals of one optimiser step on one rank; add those of the other ranks."""
+    """The totals of one optimiser step on one rank; add those of the other ranks.
+
+    `batches` hold whole trajectories: the segments of one may be in several micro-batches, not in several steps or
+    ranks.
+    """
     return LossScale(
-        num_sequences=sum(batch.num_sequences for batch in batches),
+        num_trajectories=len({name for batch in batches for name in batch.trajectory_ids or batch.sample_ids}),
         num_tokens=sum(batch.num_targets for batch in batches),
     )
 

@@ -81,7 +81,7 @@ class Categorical:
             kl_strength_S=behaviour_N.exp() * size,
         )
         config = ObjectiveConfig(kl_estimator=estimator, kl_ratio_denominator=denominator, kl_strength=1.0)
-        return policy_loss(tokens, config, LossScale(num_sequences=size, num_tokens=size))[0]
+        return policy_loss(tokens, config, LossScale(num_trajectories=size, num_tokens=size))[0]
 
     def expectation(self, estimate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """E over the behaviour distribution of any estimate(current_N, behaviour_N, reference_N)."""
@@ -289,7 +289,7 @@ class Tabular:
         zeros_S = torch.zeros_like(weight_S)
         tokens = self.tokens(self.sequences, weight_S if advantage else zeros_S, zeros_S if advantage else weight_S)
         total = int(tokens.current_N.numel())
-        return self.gradient(policy_loss(tokens, config, LossScale(num_sequences=1, num_tokens=total))[0])
+        return self.gradient(policy_loss(tokens, config, LossScale(num_trajectories=1, num_tokens=total))[0])
 
 
 UNSCALED = {"aggregation": "constant_length", "constant_length": 1, "clip_low": NO_CLIP, "clip_high": NO_CLIP}
@@ -371,7 +371,7 @@ def surrogate_gradient_error(seed: int, config: ObjectiveConfig) -> float:
         advantage_S=behaviour_N.exp() * reward_V,
         kl_strength_S=torch.zeros(VOCABULARY, dtype=torch.float64),
     )
-    loss, _ = policy_loss(tokens, config, LossScale(num_sequences=1, num_tokens=VOCABULARY))
+    loss, _ = policy_loss(tokens, config, LossScale(num_trajectories=1, num_tokens=VOCABULARY))
     return relative_error(-toy.gradient(loss), true)
 
 

@@ -16,6 +16,8 @@ from rorqual.records import (
     Routes,
     Segment,
     Task,
+    ToolCall,
+    ToolSpec,
     from_json,
     to_json,
 )
@@ -66,6 +68,11 @@ class FakeEngine:
         self._flight = [(request, drawn) for request, drawn in self._flight if request.request_id not in gone]
         return ended[::-1]
 
+    def abort(self, request_id: str) -> bool:
+        before = len(self._flight)
+        self._flight = [(request, drawn) for request, drawn in self._flight if request.request_id != request_id]
+        return len(self._flight) < before
+
     def state_dict(self) -> dict[str, Any]:
         return {"flight": [(to_json(request), drawn.tolist()) for request, drawn in self._flight]}
 
@@ -115,6 +122,12 @@ class Interviewer:
         if turns > self.follow_ups:
             return ()
         return (Message(role="user", content=f"and {len(messages[-1].content)}?"),)
+
+    def tools(self, task: Task) -> tuple[ToolSpec, ...]:
+        return ()
+
+    async def call(self, task: Task, messages: Sequence[Message], call: ToolCall) -> str:
+        raise ValueError("there are no tools")
 
     def evidence(self, task: Task, messages: Sequence[Message], segments: Sequence[Segment], end: str) -> Evidence:
         self._maybe_fail("evidence")
