@@ -47,8 +47,6 @@ def test_both_arms_make_a_table_and_are_not_repeated(
         sequences_per_step=1,
         text=TextConfig(paths=(str(tmp_path),), held_out_share=0.3),
         evaluation_sequences=2,
-        needles=1,
-        needles_per_depth=1,
     )
     console = Console(file=io.StringIO())
     arms = [
@@ -73,7 +71,7 @@ def test_both_arms_make_a_table_and_are_not_repeated(
     ]
     assert table[1][3] == f"{100 * (native / losses['dense'] - 1):+.2f}", "the base saw as many tokens"
     assert table[4][3] == f"{100 * (losses['sparse'] / losses['control'] - 1):+.2f}", "so did the control"
-    assert len(table[4][6].split()) == 2 and len(table[4][7].split()) == 5
+    assert len(table[4][6].split()) == 2
     of_dsa, of_nsa = benchmark.gates(dsa, nsa)
     assert f"{losses['sparse'] / losses['control'] - 1:+.2%}" in of_dsa and "NSA" in of_nsa
     assert benchmark.conditions(dsa, nsa, size, 1).startswith("Sequences of 128 tokens, k = 8;")

