@@ -205,7 +205,7 @@ class Completion(Record):
 # ------------------------------------------------------------------------------------------------------ trajectory
 
 
-BreakReason = Literal["new_user", "tool_results", "summary", "discard_75", "discard_all"]
+BreakReason = Literal["new_user", "tool_results", "summary", "discard_75", "discard_all", "truncation"]
 
 
 class Segment(Record):
@@ -261,8 +261,31 @@ class Evidence(Record):
     facts: dict[str, Any] = {}
 
 
+ContextAction = Literal["summary", "discard_75", "discard_all", "truncation", "parallel_fewest_step"]
+
+
+class ContextEvent(Record):
+    """One time that context management changed what the policy sees.
+
+    turn: messages that the policy had said by then. tokens_before, tokens_after: of the context, up to where the policy
+    speaks. A context whose results alone were truncated has as many calls after as before.
+    `ContextEvent(kind="discard_all", turn=9, tokens_before=820, tokens_after=64, num_calls_before=9,
+    num_calls_after=0)`
+    """
+
+    kind: ContextAction
+    turn: int
+    tokens_before: int
+    tokens_after: int
+    num_calls_before: int
+    num_calls_after: int
+
+
 class Trajectory(Record):
-    """One episode, whatever happened: a failed rollout is a trajectory with a reason, never a missing row."""
+    """One episode, whatever happened: a failed rollout is a trajectory with a reason, never a missing row.
+
+    events: what context management did, in order.
+    """
 
     trajectory_id: str
     task_id: str
@@ -273,6 +296,7 @@ class Trajectory(Record):
     evidence: Evidence
     end: EndReason
     error: str | None = None
+    events: tuple[ContextEvent, ...] = ()
 
 
 class Score(Record):

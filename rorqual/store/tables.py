@@ -43,6 +43,15 @@ STRUCTURES = {
             ("facts", pa.string()),
         ]
     ),
+    "events": pa.list_(
+        pa.struct(
+            [
+                ("kind", pa.string()),
+                *((f"{name}_{when}", pa.int64()) for name in ("tokens", "num_calls") for when in ("before", "after")),
+                ("turn", pa.int64()),
+            ]
+        )
+    ),
     "numbers": pa.map_(pa.string(), pa.float64()),
 }
 COLUMNS = {
@@ -61,6 +70,7 @@ COLUMNS = {
     "training": STRUCTURES["numbers"],
     "evidence": STRUCTURES["evidence"],
     "messages": STRUCTURES["messages"],
+    "events": STRUCTURES["events"],
 }
 TOKEN_COLUMNS = {"token_ids": "i", "sampled": "b", "logprobs": "f", "entropies": "f"}
 NUMPY_TYPES = {"i": np.int32, "b": np.int8, "f": np.float32, "q": np.int64, "h": np.int16}
@@ -117,12 +127,13 @@ def _plain_row(row: ScoredTrajectory, stage: str, step: int) -> dict[str, Any]:
         "training": list(row.training.items()),
         "evidence": evidence,
         "messages": [msgspec.to_builtins(message) for message in trajectory.messages],
+        "events": [msgspec.to_builtins(event) for event in trajectory.events],
     }
 
 
 def _scored_trajectory(row: dict[str, Any], segments: tuple[Segment, ...]) -> ScoredTrajectory:
     evidence = {**row["evidence"], "facts": msgspec.json.decode(row["evidence"]["facts"])}
-    names = ("trajectory_id", "task_id", "group_id", "domain", "end", "error", "messages")
+    names = ("trajectory_id", "task_id", "group_id", "domain", "end", "error", "messages", "events")
     plain = {**{name: row[name] for name in names}, "evidence": evidence, "segments": ()}
     trajectory = msgspec.structs.replace(msgspec.convert(plain, Trajectory), segments=segments)
     return ScoredTrajectory(

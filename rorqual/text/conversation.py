@@ -49,6 +49,15 @@ class Conversation:
         """The context: what the policy's next completion continues."""
         return self._current.token_ids
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the context."""
+        return len(self._current.token_ids)
+
+    def count(self, messages: Sequence[Message]) -> int:
+        """Tokens that the context has after `rewrite(messages)`. Raises: ValueError as `Encoding.prompt` does."""
+        return len(self._encoding.prompt(messages, self._tools, self._response_format))
+
     def append_sampled(self, completion: Completion) -> Parsed:
         """What the policy drew for `prompt_ids`; gives it as a message, with what is wrong with it.
 
@@ -61,6 +70,18 @@ class Conversation:
         self._policy_speaks = False
         self.messages += (parsed.message,)
         self.context_messages += (parsed.message,)
+        return parsed
+
+    def append_aside(self, completion: Completion) -> Parsed:
+        """What the policy drew for context management: a summary. It counts as sampled, and is no message.
+
+        It stays the policy's turn; `rewrite` comes before it goes on.
+        Raises: ValueError as `append_sampled` does.
+        """
+        if not self._policy_speaks:
+            raise ValueError("The policy has just spoken. Append results or a user message before it goes on.")
+        parsed = self._encoding.parse(completion.token_ids, **self._reading())
+        self._current.append_completion(completion)
         return parsed
 
     def stream(self) -> TokenStream:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from rorqual.records import (
     BreakReason,
+    ContextAction,
+    ContextEvent,
     Evidence,
     KeptTokens,
     Message,
@@ -111,6 +113,16 @@ EVIDENCE = st.builds(
     end=ENDS,
     facts=st.dictionaries(WORDS, JSON, max_size=3),
 )
+COUNTS = st.integers(0, 10**6)
+EVENTS = st.builds(
+    ContextEvent,
+    kind=st.sampled_from(get_args(ContextAction)),
+    turn=COUNTS,
+    tokens_before=COUNTS,
+    tokens_after=COUNTS,
+    num_calls_before=COUNTS,
+    num_calls_after=COUNTS,
+)
 TRAJECTORIES = st.builds(
     Trajectory,
     trajectory_id=WORDS,
@@ -122,6 +134,7 @@ TRAJECTORIES = st.builds(
     evidence=EVIDENCE,
     end=ENDS,
     error=st.none() | WORDS,
+    events=st.lists(EVENTS, max_size=2).map(tuple),
 )
 ROWS = st.builds(
     ScoredTrajectory,
