@@ -32,7 +32,7 @@ SYLLABLES = ("an", "bel", "cor", "dun", "el", "far", "gro", "hes", "il", "jor", 
 
 WORDS = ("the", "of", "a", "in", "harbour", "letter", "winter", "clerk", "ledger", "river", "copied", "old", "market",
          "sealed", "bridge", "tower", "wrote", "again", "under", "lamp", "paper", "north", "garden", "stone", "ship",
-         "silver", "morning", "counted", "street", "carried", "wool", "grain", "watch", "road", "hill", "was")  # fmt: skip
+         "silver", "morning", "counted", "street", "carried", "wool", "grain", "watch", "road", "hill")  # fmt: skip
 """What the rest of a page is made of: text that costs tokens and says nothing."""
 
 
