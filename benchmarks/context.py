@@ -16,12 +16,11 @@ import itertools
 import os
 import platform
 import time
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any, get_args
 
 import msgspec
@@ -29,12 +28,9 @@ from context_plot import write_plot
 from context_session import Budget, EndpointPolicy, Outcome, Policy, PromptPolicy, make_encoding, play, solved_within
 from scripted_reader import ReaderConfig, ScriptedReader
 
-from rorqual.engines.local import EngineConfig, LocalEngine
 from rorqual.envs.document_graph import OPEN, SEARCH, DocumentGraphConfig, DocumentGraphEnvironment, document_task
 from rorqual.evals.statistics import Difference, mean_at_k, paired_difference
-from rorqual.models.config import ModelConfig
-from rorqual.models.decoder import Decoder
-from rorqual.records import GenerateRequest, Record, SamplingParams
+from rorqual.records import Record
 from rorqual.rollout.compaction import Strategy
 from rorqual.rollout.context import ContextConfig
 
@@ -148,35 +144,25 @@ def steps_table(results: Outcomes, budget: Budget) -> str:
     return markdown_table(["steps allowed", *map(str, limits)], rows)
 
 
-def overhead_table(results: Mapping[str, Outcomes], engine_seconds: float | None) -> str:
-    """Milliseconds a step inside the context manager, and as a share of a model call."""
+def overhead_table(results: Mapping[str, Outcomes], chosen: argparse.Namespace) -> str:
+    """Milliseconds a step inside the context manager; with --engine, as a share of a call of the built-in engine."""
+    every = [one for found in results.values() for each in found.values() for one in each]
+    written = sum(one.spent.num_generated for one in every) / sum(one.spent.num_steps for one in every)
+    call = None
+    if chosen.engine:
+        from context_overhead import engine_call_seconds  # it needs torch, which nothing else here does
+
+        call = engine_call_seconds(chosen.window // 2, round(written))
     rows = []
-    for title, each in results.items():
-        for strategy, found in each.items():
-            managing = sum(one.spent.managing_seconds for one in found) / sum(one.spent.num_steps for one in found)
-            share = f"{100 * managing / engine_seconds:.2f} %" if engine_seconds else "–"
-            rows.append([f"{title}, {strategy}", f"{1e3 * managing:.3f}", share])
-    return markdown_table(["context management", "ms a step", "of a model call"], rows)
-
-
-def engine_call_seconds(window: int, encoding_size: int, new_tokens: int, num_calls: int = 6) -> float:
-    """Median seconds of one call of the built-in engine, for half a window of context, on a tiny random model.
-
-    4 layers of hidden size 128, which is the smallest model that the other benchmarks run; a real one is slower.
-    """
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2}
-    shape = {"vocab_size": encoding_size, "context_window": window, "head_dim": 32, "qk_norm": True}
-    model = Decoder(ModelConfig(family="qwen3", **sizes, **shape)).eval()
-    model.initialize(torch.Generator().manual_seed(0))
-    engine = LocalEngine(model, EngineConfig(num_slots=1))
-    seconds = []
-    for call in range(num_calls):
-        prompt = array("i", [(7 * place + call) % encoding_size for place in range(window // 2)])
-        params = SamplingParams(max_new_tokens=new_tokens, seed=call)
-        started = time.perf_counter()
-        engine.generate([GenerateRequest(request_id=str(call), prompt_ids=prompt, params=params)])
-        seconds.append(time.perf_counter() - started)
-    return median(seconds[1:])
+    for title, found in results.items():
+        for strategy, each in found.items():
+            managing = sum(one.spent.managing_seconds for one in each) / sum(one.spent.num_steps for one in each)
+            rows.append(
+                [f"{title}: {strategy}", f"{1e3 * managing:.3f}", f"{100 * managing / call:.2f} %" if call else "–"]
+            )
+    table = markdown_table(["context management", "ms a step", "of a model call"], rows)
+    length = f"{chosen.window // 2:,} tokens of prompt, {written:.0f} written"
+    return table + (f"\n\nA call of the built-in engine, {length}: {1e3 * call:.0f} ms." if call else "")
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -248,12 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{steps_table(found, setting.budget)}\n", flush=True)
     seconds = time.perf_counter() - started
     if not chosen.base_url:
-        written = [
-            mean_of(one, "num_generated") / mean_of(one, "num_steps") for e in results.values() for one in e.values()
-        ]
-        engine = engine_call_seconds(chosen.window, 1500, round(fmean(written))) if chosen.engine else None
-        print(overhead_table(results, engine))
-        print(f"\nA call of the built-in engine: {1e3 * engine:.0f} ms." if engine else "")
+        print(overhead_table(results, chosen))
     policy = f"{chosen.model} at {chosen.base_url}" if chosen.base_url else "scripted reader"
     print(
         f"\n{policy}; {chosen.seeds} seeds a regime, window {chosen.window:,}, at most {chosen.steps} steps and "

@@ -153,7 +153,7 @@ def summary(sight: Sight, part: int, config: ReaderConfig) -> str:
     trails: dict[str, list[str]] = {}
     for document, note in sight.notes.items():
         name, collection = sight.titles[document]
-        if _lead_part(sight, name) in (part, 0):
+        if _lead_part(sight, name) in (part, 0) and f"of the seal of {sight.subject} is" not in note:
             trails.setdefault(collection, []).append(note)
     if lead_query(sight, part) in sight.queries:
         lines.append(f'Results for "{lead_query(sight, part)}":')
