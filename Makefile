@@ -8,7 +8,7 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint types bench bench-sparse bench-quality docs
+.PHONY: help demo test test-slow lint types bench bench-sparse bench-quality bench-context docs
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -54,6 +54,9 @@ bench-quality: $(VENV)/.installed-bench  ## what sparse attention costs in quali
 	$(BIN)/python benchmarks/sparse_quality.py --arm nsa & $(BIN)/python benchmarks/sparse_quality.py --arm dsa && wait
 	$(BIN)/python benchmarks/sparse_quality.py
 	$(BIN)/python benchmarks/recall.py
+
+bench-context: $(VENV)/.installed-dev  ## compare strategies of context management offline
+	$(BIN)/python benchmarks/context.py
 
 docs: $(VENV)/.installed-dev  ## write docs/cli.md anew and check every link in the docs
 	$(BIN)/python -m rorqual.cli docs > docs/cli.md

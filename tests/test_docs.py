@@ -120,6 +120,7 @@ def test_verbs_of_the_makefile_are_described() -> None:
         "bench",
         "bench-sparse",
         "bench-quality",
+        "bench-context",
         "docs",
     }
 
