@@ -145,24 +145,33 @@ def steps_table(results: Outcomes, budget: Budget) -> str:
 
 
 def overhead_table(results: Mapping[str, Outcomes], chosen: argparse.Namespace) -> str:
-    """Milliseconds a step inside the context manager; with --engine, as a share of a call of the built-in engine."""
+    """Milliseconds a step inside the context manager; with --engine, as a share of a call of the built-in engine.
+
+    The last column is of a call that finds all but the newest result in a prefix cache, so that little is left of it.
+    """
     every = [one for found in results.values() for each in found.values() for one in each]
-    written = sum(one.spent.num_generated for one in every) / sum(one.spent.num_steps for one in every)
-    call = None
+    num_steps = sum(one.spent.num_steps for one in every)
+    new_tokens = round(sum(one.spent.num_generated for one in every) / num_steps)
+    lengths = (chosen.window // 2, round(sum(one.spent.num_prefilled_cached for one in every) / num_steps))
+    calls: list[float] = []
     if chosen.engine:
         from context_overhead import engine_call_seconds  # it needs torch, which nothing else here does
 
-        call = engine_call_seconds(chosen.window // 2, round(written))
+        calls = [engine_call_seconds(length, new_tokens) for length in lengths]
     rows = []
     for title, found in results.items():
         for strategy, each in found.items():
             managing = sum(one.spent.managing_seconds for one in each) / sum(one.spent.num_steps for one in each)
-            rows.append(
-                [f"{title}: {strategy}", f"{1e3 * managing:.3f}", f"{100 * managing / call:.2f} %" if call else "–"]
-            )
-    table = markdown_table(["context management", "ms a step", "of a model call"], rows)
-    length = f"{chosen.window // 2:,} tokens of prompt, {written:.0f} written"
-    return table + (f"\n\nA call of the built-in engine, {length}: {1e3 * call:.0f} ms." if call else "")
+            shares = [f"{100 * managing / call:.2f} %" for call in calls]
+            rows.append([f"{title}: {strategy}", f"{1e3 * managing:.3f}", *shares])
+    head = [
+        "context management",
+        "ms a step",
+        *(f"of a call that prefills {length:,}" for length in lengths[: len(calls)]),
+    ]
+    took = " and ".join(f"{1e3 * call:.0f} ms" for call in calls)
+    note = f"\n\nThe calls of the built-in engine, {new_tokens} tokens written: {took}." if calls else ""
+    return markdown_table(head, rows) + note
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

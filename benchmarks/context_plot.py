@@ -114,7 +114,7 @@ def _svg(shapes: Sequence[str]) -> str:
 
 
 def _x(share: float) -> float:
-    return LEFT + share * (WIDTH - LEFT - 20)
+    return LEFT + share * (WIDTH - LEFT - 34)
 
 
 def _y(share: float) -> float:
