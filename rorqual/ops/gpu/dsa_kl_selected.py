@@ -21,7 +21,6 @@ from rorqual.ops.gpu.dsa_score import (
     Chunk,
     Gradients,
     Index,
-    as_dtype,
     chunks,
     gradient_operands,
     padded,
@@ -30,6 +29,7 @@ from rorqual.ops.gpu.dsa_score import (
     tile_of,
     width_of,
 )
+from rorqual.ops.gpu.numbers import rounded
 
 
 def selected_kl(
@@ -385,15 +385,15 @@ def _gradient_kernel(
         active_BN = products_BN > 0.0
         grad_weight_B += tl.sum(tl.where(active_BN, products_BN, 0.0) * grad_N[None, :], axis=1)
         through_BN = tl.where(active_BN, grad_N[None, :], 0.0)
-        grad_q_BC += product(as_dtype(through_BN, OPERAND), k_NC.to(OPERAND), OPERAND_PRECISION)
-        weighted_NB = tl.trans(as_dtype(through_BN * weight_B[:, None], OPERAND))
+        grad_q_BC += product(rounded(through_BN, OPERAND), k_NC.to(OPERAND), OPERAND_PRECISION)
+        weighted_NB = tl.trans(rounded(through_BN * weight_B[:, None], OPERAND))
         part_NC = product(weighted_NB, q_BC.to(OPERAND), OPERAND_PRECISION)
         place_NC = parts_ptr + (x * num_selected + s_N)[:, None] * DIM + c_C[None, :]
         within_NC = (s_N < num_selected)[:, None] & (c_C < DIM)[None, :]
         if not IS_FIRST:
             part_NC += tl.load(place_NC, mask=within_NC, other=0.0)
         tl.store(place_NC, part_NC, mask=within_NC)
-    grad_q = as_dtype(grad_q_BC * weight_B[:, None], grad_q_ptr.dtype.element_ty)
+    grad_q = rounded(grad_q_BC * weight_B[:, None], grad_q_ptr.dtype.element_ty)
     tl.store(grad_q_ptr + place_BC, grad_q, mask=within_BC)
     tl.store(grad_weight_ptr + pair_B, grad_weight_B, mask=present_B)
 

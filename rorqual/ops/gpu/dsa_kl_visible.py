@@ -20,7 +20,6 @@ from rorqual.ops.gpu.dsa_score import (
     Chunk,
     Gradients,
     Index,
-    as_dtype,
     chunks,
     gradient_operands,
     padded,
@@ -30,6 +29,7 @@ from rorqual.ops.gpu.dsa_score import (
     width_of,
     write_scores,
 )
+from rorqual.ops.gpu.numbers import rounded
 
 SCAN = 2048
 """Scores of a query that are read at a time."""
@@ -375,10 +375,10 @@ def _query_gradient_kernel(
         products_XN = product(q_XC, tl.trans(k_NC), PRECISION)
         active_XN = products_XN > 0.0
         grad_weight_X += tl.sum(tl.where(active_XN, products_XN, 0.0) * grad_XN, axis=1)
-        through_XN = as_dtype(tl.where(active_XN, grad_XN, 0.0), OPERAND)
+        through_XN = rounded(tl.where(active_XN, grad_XN, 0.0), OPERAND)
         grad_q_XC += product(through_XN, k_NC.to(OPERAND), OPERAND_PRECISION)
     weight_X = tl.load(weight_ptr + pair_X, mask=present_X, other=0.0)
-    grad_q = as_dtype(grad_q_XC * weight_X[:, None], grad_q_ptr.dtype.element_ty)
+    grad_q = rounded(grad_q_XC * weight_X[:, None], grad_q_ptr.dtype.element_ty)
     tl.store(grad_q_ptr + place_XC, grad_q, mask=within_XC)
     tl.store(grad_weight_ptr + pair_X, grad_weight_X, mask=present_X)
 
@@ -431,6 +431,6 @@ def _key_gradient_kernel(
                 )
                 weight_X = tl.load(weight_ptr + pair_X, mask=present_X, other=0.0)
                 products_NX = product(k_NC, tl.trans(q_XC), PRECISION)
-                through_NX = as_dtype(tl.where(products_NX > 0.0, grad_NX * weight_X[None, :], 0.0), OPERAND)
+                through_NX = rounded(tl.where(products_NX > 0.0, grad_NX * weight_X[None, :], 0.0), OPERAND)
                 grad_k_NC += product(through_NX, q_XC.to(OPERAND), OPERAND_PRECISION)
     tl.store(grad_k_ptr + place_NC, grad_k_NC, mask=within_NC)

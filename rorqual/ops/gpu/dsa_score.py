@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rorqual.ops.dsa import IndexerOutput
+from rorqual.ops.gpu.numbers import INTERPRETED
 
 SCRATCH_ELEMENTS = 1 << 26
 """Most numbers of a chunk's scratch: 256 MB, and 512 queries of 128k keys."""
@@ -27,10 +28,6 @@ are made without matrix units and from registers."""
 
 PRECISION = "ieee"
 """Of products of float32; "tf32" is faster on tensor cores, with 10 bits of mantissa."""
-
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Triton reads it too when a kernel is defined."""
 
 
 class Chunk(NamedTuple):
@@ -243,15 +240,6 @@ def product(a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr) -> tl.tensor:
     if INTERPRETED:  # Whose product takes the bits of a bfloat16 for an integer.
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
     return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def as_dtype(x: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """A float32 in another dtype, to nearest, ties to even."""
-    if INTERPRETED and DTYPE.is_bf16():  # It cuts a bfloat16 off.
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

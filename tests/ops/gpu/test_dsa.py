@@ -264,7 +264,7 @@ def test_a_cut_covers_its_width_with_powers_of_two(width: int) -> None:
 
 
 def test_blocks_by_hand() -> None:
-    """That they fit where they are used is seen when they are compiled, in `test_triton_compiles.py`."""
+    """That they fit where they are used is seen when they are compiled, in `test_dsa_compiles.py`."""
     latent = Sizes(128, 576, 512, 2, False)
     assert choose_blocks(latent, 227 << 10) == Blocks(64, 32, 2, 8)
     assert choose_blocks(latent, 163 << 10) == Blocks(64, 32, 1, 8)

@@ -38,7 +38,7 @@ def test_kernels_compile(name: str, tmp_path: Path) -> None:
     """In a process of its own: whether kernels are interpreted is settled when they are defined."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.ops.test_dsa_triton_compiles", name]
+    command = [sys.executable, "-m", "tests.ops.gpu.test_dsa_index_compiles", name]
     answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     kernels = {line.split()[0] for line in answer.stdout.splitlines()}
