@@ -25,15 +25,18 @@ from rorqual.ops.cpu.select import rank_scores, select_rows
 from rorqual.ops.cpu.workers import spread
 from rorqual.ops.dsa_tiled import MainAttention, select_all
 
-PRODUCT_ROWS = 64
-"""Rows of the matrix product of a tile: queries times index heads."""
+PRODUCT_ROWS = 256
+"""Rows of the matrix product of a tile: queries times index heads. Fewer leave the cores waiting for Python's lock."""
 
 PRODUCT_KEYS = 1024
-"""Its columns: 256 KB of products in float32, which a core's second-level cache holds."""
+"""Its columns: 1 MB of products in float32, about a core's second-level cache."""
+
+DECODED_KEYS = 16_384
+"""Keys of a task where a tile is one query, whose products are made by a loop."""
 
 QUERIES_PER_TASK = 64
 
-IN_ORDER = np.arange(PRODUCT_KEYS)
+IN_ORDER = np.arange(DECODED_KEYS)
 
 
 def select_keys(index: dsa.IndexerOutput, last_RQ: Tensor, key_valid_RK: Tensor | None, top_k: int) -> Tensor:
@@ -79,17 +82,24 @@ def rank_keys(
     q_XIC: Tensor, k_KC: Tensor, weight_XI: np.ndarray, valid_K: np.ndarray, last_X: np.ndarray
 ) -> np.ndarray:
     """Ranks of the keys that some query of a tile sees: uint32 [X, keys up to the last one]."""
-    seen, (num_queries, num_heads, _) = int(last_X.max()) + 1, q_XIC.shape
+    (num_queries, num_heads, _), seen = q_XIC.shape, int(last_X.max()) + 1
     rank_XK = np.empty((num_queries, seen), dtype=np.uint32)
+    if num_queries == 1:
+        # A product so flat is slow in torch; in loops it is cut up, for a step of decoding may have no other task.
+        def rank(first: int) -> None:
+            keys_NC = k_KC[first : min(first + DECODED_KEYS, seen)].float()
+            products_1IN = np.empty((1, num_heads, len(keys_NC)), dtype=np.float32)
+            dots(array(q_XIC[0]), array(keys_NC.unsqueeze(1)), 0, IN_ORDER[: len(keys_NC)], products_1IN[0])
+            rank_scores(products_1IN, weight_XI, valid_K, last_X, first, np.empty_like(products_1IN[0, 0]), rank_XK)
+
+        spread(rank, range(0, seen, DECODED_KEYS))
+        return rank_XK
     total_N = np.empty(PRODUCT_KEYS, dtype=np.float32)
     products = torch.empty(num_queries * num_heads * PRODUCT_KEYS)
     for first in range(0, seen, PRODUCT_KEYS):
         keys_NC = k_KC[first : min(first + PRODUCT_KEYS, seen)].float()
         products_WN = products[: num_queries * num_heads * len(keys_NC)].view(-1, len(keys_NC))
-        if num_queries == 1:  # A product so flat is slow in torch.
-            dots(array(q_XIC[0]), array(keys_NC.unsqueeze(1)), 0, IN_ORDER[: len(keys_NC)], products_WN.numpy())
-        else:
-            torch.mm(q_XIC.flatten(0, 1), keys_NC.T, out=products_WN)
+        torch.mm(q_XIC.flatten(0, 1), keys_NC.T, out=products_WN)
         products_XIN = products_WN.view(num_queries, num_heads, -1).numpy()
         rank_scores(products_XIN, weight_XI, valid_K, last_X, first, total_N, rank_XK)
     return rank_XK

@@ -77,6 +77,14 @@ def test_long_rows_go_through_the_bound_of_run_maxima(top_k: int, cores: int) ->
     assert torch.equal(dsa_cpu.select_keys(index, last, None, top_k), twin_selection(index, last, None, top_k))
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_query_before_more_keys_than_a_task_takes(rows: int, cores: int) -> None:
+    keys = 2 * dsa_cpu.DECODED_KEYS + 77
+    index = dsa.IndexerOutput(whole(rows, 1, 3, 4, seed=1), whole(rows, keys, 4, seed=2), whole(rows, 1, 3, seed=3))
+    last = torch.tensor([[keys - 1], [dsa_cpu.DECODED_KEYS], [5]])[:rows]
+    assert torch.equal(dsa_cpu.select_keys(index, last, None, 40), twin_selection(index, last, None, 40))
+
+
 def test_scores_that_come_in_clusters_are_all_looked_at() -> None:
     keys, top_k = 4096, 256
     index_k = torch.zeros(1, keys, 1)
